@@ -1,0 +1,1 @@
+"""Off the arm: checkpoints in, policy bundles out (see docs/architecture.md)."""

@@ -1,0 +1,1 @@
+"""From a bare machine to a cell that runs (see docs/architecture.md)."""
