@@ -8,6 +8,7 @@ Times count from the moment the script is loaded. The same seed and the same tra
 
 import json
 import random
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -97,6 +98,7 @@ class FaultPlan:
 
     def __init__(self, seed: int = 0) -> None:
         self._random = random.Random(seed)
+        self.struck: Counter[tuple[str, int]] = Counter()  # how often, by kind and servo id
         self._active: list[tuple[float, float, Fault]] = []  # start, end, fault
 
     def add(self, fault: Fault, now_s: float) -> None:
@@ -155,11 +157,14 @@ class FaultPlan:
         ]
 
     def _striking(self, kind: str, servo_id: int, now_s: float) -> list[Fault]:
-        return [
+        striking = [
             fault
             for fault in self._now(kind, servo_id, now_s)
             if fault.probability >= 1 or self._random.random() < fault.probability
         ]
+        if striking:
+            self.struck[kind, servo_id] += 1
+        return striking
 
     def _strikes(self, kind: str, servo_id: int, now_s: float) -> bool:
         return bool(self._striking(kind, servo_id, now_s))

@@ -61,7 +61,7 @@ class FreePlant:
         distance = setpoint_rad - self.position_rad
         velocity = np.clip(distance / max(self._lag_s, dt_s), -NO_LOAD_SPEED_RAD_S, NO_LOAD_SPEED_RAD_S)
         self.velocity_rad_s = np.where(torque_on & ~self.blocked, velocity, 0.0)
-        self.position_rad = self.position_rad + self.velocity_rad_s * dt_s
+        self.position_rad += self.velocity_rad_s * dt_s
         wanted = self.load + distance * self._stiffness_per_rad
         self.effort = np.where(torque_on, np.clip(wanted, -self.torque_limit, self.torque_limit), 0.0)
 
