@@ -1,0 +1,50 @@
+"""Logs are events with stable names and fields: `bus.lost port=/dev/ttyACM0 reason="..."`, one per change of state.
+
+The journal is the interface of whoever is on call, so a name is never reworded and a tick never logs. Roles call
+`set_up` once and `event` when something changed; `Once` turns a condition that is looked at every tick into the two
+events at its edges.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Callable
+
+Field = str | int | float | bool | None
+
+
+def set_up(level: int = logging.INFO) -> None:
+    """Send events to standard error, where systemd's journal (or a terminal) adds the time itself."""
+    logging.basicConfig(stream=sys.stderr, level=level, format="%(name)s: %(message)s", force=True)
+
+
+def event(logger: logging.Logger, name: str, *, level: int = logging.INFO, **fields: Field) -> None:
+    """Log one event; fields in the order given, strings with blanks quoted as JSON."""
+    parts = [name, *(f"{key}={_show(value)}" for key, value in fields.items())]
+    logger.log(level, " ".join(parts))
+
+
+def _show(value: Field) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, str) and value and not any(character in value for character in ' "=\n\t'):
+        return value
+    return json.dumps(value)
+
+
+class Once:
+    """A condition looked at again and again: `begins` is called when it turns true, `ends` when it turns false."""
+
+    def __init__(self, begins: Callable[..., None], ends: Callable[[], None] | None = None) -> None:
+        self._begins = begins
+        self._ends = ends
+        self.active = False
+
+    def update(self, active: bool, *details: Field) -> None:
+        if active and not self.active:
+            self._begins(*details)
+        elif self.active and not active and self._ends is not None:
+            self._ends()
+        self.active = active

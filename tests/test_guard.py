@@ -1,0 +1,141 @@
+"""The guard: whatever comes in, what goes out is finite, inside the limits, and never faster than allowed."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.testing import assert_allclose
+
+from firmware_bridge.guard import Guard, GuardLimits, Intervention
+
+DT = 1 / 60
+SPEED, ACCELERATION = 120.0, 600.0
+LIMITS = GuardLimits(
+    position_min=np.array([-100.0, 0.0]),
+    position_max=np.array([100.0, 100.0]),
+    max_speed=np.array([SPEED, 200.0]),
+    max_acceleration=np.array([ACCELERATION, 1000.0]),
+)
+
+
+def guard_at(*position: float) -> Guard:
+    guard = Guard(("pan", "gripper"), LIMITS, DT)
+    guard.rest_at(np.array(position))
+    return guard
+
+
+def test_a_request_within_the_limits_passes_unchanged() -> None:
+    guard = guard_at(0.0, 50.0)
+    for tick in range(1, 200):
+        t = tick * DT
+        request = np.array([20 * (1 - np.cos(1.5 * t)), 50 + 10 * (1 - np.cos(2 * t))])
+        assert_allclose(guard.limit(request), request, atol=1e-9)
+        assert guard.interventions is Intervention.NONE
+
+
+numbers = st.floats(allow_nan=True, allow_infinity=True) | st.floats(-150, 150)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.none() | st.tuples(numbers, numbers), min_size=1, max_size=80))
+def test_whatever_is_asked_for_the_goal_keeps_every_limit(requests: list[tuple[float, float] | None]) -> None:
+    guard = guard_at(95.0, 3.0)
+    goal, velocity = guard.goal, guard.velocity
+    for request in requests:
+        after = guard.limit(None if request is None else np.array(request))
+        assert np.isfinite(after).all()
+        assert (after >= LIMITS.position_min - 1e-9).all() and (after <= LIMITS.position_max + 1e-9).all()
+        now = (after - goal) / DT
+        assert (np.abs(now) <= LIMITS.max_speed * (1 + 1e-9) + 1e-9).all()
+        assert (np.abs(now - velocity) <= LIMITS.max_acceleration * DT * (1 + 1e-6) + 1e-6).all()
+        goal, velocity = after, now
+
+
+def test_a_distant_request_is_reached_without_overshoot_and_then_passes() -> None:
+    guard = guard_at(0.0, 0.0)
+    goals = np.array([guard.limit(np.array([80.0, 90.0])) for _ in range(120)])
+    assert (np.diff(goals, axis=0) >= -1e-9).all(), "no overshoot"
+    assert_allclose(goals[-1], [80.0, 90.0], atol=1e-6)
+    assert guard.interventions is Intervention.NONE
+
+
+def test_without_a_request_it_decelerates_at_the_limit_and_holds() -> None:
+    guard = guard_at(0.0, 50.0)
+    for tick in range(1, 40):
+        guard.limit(np.array([100.0 * tick * DT, 50.0]))
+    moving = guard.velocity[0]
+    assert moving > 90
+    goals = [guard.limit(None)[0] for _ in range(30)]
+    assert guard.interventions is Intervention.STALE
+    steps_to_stop = int(np.ceil(moving / (ACCELERATION * DT)))
+    assert np.ptp(goals[steps_to_stop:]) == pytest.approx(0.0, abs=1e-9)
+
+
+def test_a_request_that_is_not_finite_is_no_request() -> None:
+    guard = guard_at(10.0, 50.0)
+    assert_allclose(guard.limit(np.array([np.nan, 60.0])), [10.0, 50.0])
+    assert Intervention.NOT_FINITE in guard.interventions
+
+
+def test_a_request_outside_the_position_limits_stops_at_them() -> None:
+    guard = guard_at(90.0, 50.0)
+    for _ in range(100):
+        goal = guard.limit(np.array([300.0, 50.0]))
+    assert goal[0] == pytest.approx(100.0)
+    assert Intervention.POSITION in guard.interventions
+
+
+def test_an_arm_outside_its_limits_may_only_move_inwards() -> None:
+    guard = guard_at(120.0, 50.0)
+    goals = [guard.limit(np.array([130.0, 50.0]))[0] for _ in range(5)]
+    assert max(goals) <= 120.0
+    for _ in range(200):
+        goal = guard.limit(np.array([50.0, 50.0]))
+    assert goal[0] == pytest.approx(50.0)
+
+
+def healthy() -> dict[str, np.ndarray]:
+    return {
+        "position": np.array([0.0, 50.0]),
+        "load": np.zeros(2),
+        "temperature_c": np.full(2, 30.0),
+        "voltage_v": np.full(2, 7.4),
+        "error": np.zeros(2, np.uint8),
+        "valid": np.ones(2, bool),
+    }
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "lasting_s", "says"),
+    [
+        ("valid", False, LIMITS.silent_s, "no answer"),
+        ("error", 32, LIMITS.error_s, "overload"),
+        ("temperature_c", 80.0, LIMITS.error_s, "80 C"),
+        ("voltage_v", 3.0, LIMITS.error_s, "3.0 V"),
+        ("load", -0.97, LIMITS.load_s, "load 97%"),
+        ("position", 95.0, LIMITS.follow_s, "its goal 50.0"),
+    ],
+)
+def test_a_condition_that_lasts_is_a_fault_and_a_short_one_is_not(
+    field: str, value: float, lasting_s: float, says: str
+) -> None:
+    guard = guard_at(0.0, 50.0)
+    reading = healthy()
+    reading[field][1] = value
+    end = round(lasting_s * 1e9)
+    assert guard.check(0, **reading) is None
+    assert guard.check(end - 1, **reading) is None
+    reason = guard.check(end, **reading)
+    assert reason is not None
+    assert reason.startswith("gripper: ") and says in reason
+    assert guard.check(end + 1, **healthy()) is None
+    assert guard.check(end + 2, **reading) is None, "the clock starts again"
+
+
+def test_a_limp_arm_need_not_follow_its_goal() -> None:
+    guard = guard_at(0.0, 50.0)
+    reading = healthy()
+    reading["position"][0] = 90.0
+    assert all(guard.check(t * 10**9, **reading, torque_on=False) is None for t in range(5))
