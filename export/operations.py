@@ -1,0 +1,117 @@
+"""The few operations that our networks are written in, and PyTorch as the first to execute them.
+
+A network (`export.act_network`) is one function over `Operations`: `TorchOperations` computes it, which is the
+reference that every bundle is compared with, and `export.graph.GraphOperations` writes it down as ONNX nodes. So there
+is one description of each architecture, and the graph holds what we put there and nothing that a tracer added.
+Tokens are matrices [tokens, width] without a batch axis: an arm has one observation at a time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812 - its usual name
+
+from export.normalize import Normalizer
+
+T = TypeVar("T")
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+class Operations(Protocol[T]):
+    """Names are those of weights: `linear(x, "action_head")` uses action_head.weight and action_head.bias."""
+
+    def vector(self, name: str, normalizer: Normalizer) -> T:
+        """The raw input `name`, float32 [n], normalised, as one row [1, n]."""
+
+    def frames(self, names: Sequence[str], normalizers: Sequence[Normalizer]) -> T:
+        """Raw uint8 [H, W, 3] inputs of one size, normalised, as one batch float32 [N, 3, H, W]."""
+
+    def weight(self, name: str) -> T: ...
+    def constant(self, name: str, value: Array) -> T: ...
+    def add(self, a: T, b: T) -> T: ...
+    def concat(self, rows: Sequence[T]) -> T: ...
+    def relu(self, x: T) -> T: ...
+    def gelu(self, x: T) -> T: ...
+    def linear(self, x: T, name: str) -> T: ...
+    def layer_norm(self, x: T, name: str) -> T: ...
+
+    def conv(self, x: T, name: str, stride: int = 1, padding: int = 0, dilation: int = 1) -> T: ...
+    def max_pool(self, x: T) -> T:
+        """3x3, stride 2, padding 1."""
+
+    def tokens(self, features: T, width: int) -> T:
+        """A feature map [N, C, h, w] as rows [N*h*w, C], image by image, line by line."""
+
+    def attention(self, q: T, k: T, v: T, heads: int, width: int) -> T:
+        """Scaled dot-product attention of projected rows [*, width], heads side by side in a row."""
+
+    def unnormalize(self, x: T, normalizer: Normalizer) -> T: ...
+
+
+class TorchOperations:
+    """Computes with PyTorch, in float32 on the CPU. `inputs` are raw observations by the policy's names."""
+
+    def __init__(self, weights: Mapping[str, torch.Tensor], inputs: Mapping[str, Array]) -> None:
+        self._weights = weights
+        self._inputs = inputs
+
+    def vector(self, name: str, normalizer: Normalizer) -> torch.Tensor:
+        raw = torch.from_numpy(np.ascontiguousarray(self._inputs[name]))[None]
+        return (raw - _tensor(normalizer.offset)) / _tensor(normalizer.scale)
+
+    def frames(self, names: Sequence[str], normalizers: Sequence[Normalizer]) -> torch.Tensor:
+        raw = torch.stack([torch.from_numpy(np.ascontiguousarray(self._inputs[name])) for name in names])
+        offset = torch.stack([_tensor(normalizer.offset) for normalizer in normalizers])[..., None, None]
+        scale = torch.stack([_tensor(normalizer.scale) for normalizer in normalizers])[..., None, None]
+        return (raw.permute(0, 3, 1, 2).float() / 255 - offset) / scale
+
+    def weight(self, name: str) -> torch.Tensor:
+        return self._weights[name]
+
+    def constant(self, name: str, value: Array) -> torch.Tensor:
+        return torch.from_numpy(value)
+
+    def add(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return a + b
+
+    def concat(self, rows: Sequence[torch.Tensor]) -> torch.Tensor:
+        return torch.cat(tuple(rows))
+
+    def relu(self, x: torch.Tensor) -> torch.Tensor:
+        return F.relu(x)
+
+    def gelu(self, x: torch.Tensor) -> torch.Tensor:
+        return F.gelu(x)
+
+    def linear(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        return F.linear(x, self._weights[f"{name}.weight"], self._weights[f"{name}.bias"])
+
+    def layer_norm(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        return F.layer_norm(x, x.shape[-1:], self._weights[f"{name}.weight"], self._weights[f"{name}.bias"])
+
+    def conv(self, x: torch.Tensor, name: str, stride: int = 1, padding: int = 0, dilation: int = 1) -> torch.Tensor:
+        weight, bias = self._weights[f"{name}.weight"], self._weights[f"{name}.bias"]
+        return F.conv2d(x, weight, bias, stride, padding, dilation)
+
+    def max_pool(self, x: torch.Tensor) -> torch.Tensor:
+        return F.max_pool2d(x, 3, 2, 1)
+
+    def tokens(self, features: torch.Tensor, width: int) -> torch.Tensor:
+        return features.permute(0, 2, 3, 1).reshape(-1, width)
+
+    def attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, width: int) -> torch.Tensor:
+        split_q, split_k, split_v = (x.reshape(-1, heads, width // heads).transpose(0, 1) for x in (q, k, v))
+        scores = split_q / math.sqrt(width // heads) @ split_k.transpose(1, 2)
+        return (scores.softmax(-1) @ split_v).transpose(0, 1).reshape(-1, width)
+
+    def unnormalize(self, x: torch.Tensor, normalizer: Normalizer) -> torch.Tensor:
+        return x * _tensor(normalizer.scale) + _tensor(normalizer.offset)
+
+
+def _tensor(values: Array) -> torch.Tensor:
+    return torch.from_numpy(values.astype(np.float32))
