@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from device.arrays import Array, load_arrays
 from device.errors import BundleError
 from firmware_bridge.calibration import Unit
 
@@ -35,7 +35,6 @@ ACTION = "action"
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(gt=0)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Array = np.ndarray[Any, np.dtype[Any]]
 
 
 class _Strict(BaseModel):
@@ -214,19 +213,6 @@ def parse_manifest(raw: bytes, path: Path) -> Manifest:
         key = ".".join(str(part) for part in problem["loc"])
         message = problem["msg"].removeprefix("Value error, ")
         raise BundleError(f"{path}: {key + ': ' if key else ''}{message}; export the policy again") from None
-
-
-def load_arrays(path: Path) -> dict[str, Array]:
-    """Every array of an .npz file, never unpickling. Raises BundleError."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            if not isinstance(file, np.lib.npyio.NpzFile):
-                raise BundleError(f"{path} is not an .npz file of named arrays")
-            return {name: file[name] for name in file.files}
-    except FileNotFoundError:
-        raise BundleError(f"{path} does not exist") from None
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise BundleError(f"{path} cannot be read as an .npz file of plain arrays: {error}") from error
 
 
 def file_sha256(path: Path) -> str:

@@ -9,14 +9,14 @@ spinning worker would take its core from the control loop.
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import onnxruntime
 
-from device.bundle import ACTION, POLICY, Array, Bundle, Manifest, load_arrays
+from device.arrays import Array, dump_arrays, load_arrays
+from device.bundle import ACTION, POLICY, Bundle, Manifest
 from device.durable import write_durably
 from device.errors import BundleError, UnderstudyError
 
@@ -96,10 +96,8 @@ def run_observation(bundle_path: Path, observation: Path, out: Path, threads: in
     for name, array in arrays.items():
         engine.inputs[name][...] = array
     actions: Array = engine.infer().copy()
-    buffer = io.BytesIO()
-    np.savez(buffer, action=actions)
     try:
-        write_durably(out, buffer.getvalue())
+        write_durably(out, dump_arrays({ACTION: actions}))
     except OSError as error:
         raise BundleError(f"{out} cannot be written: {error}") from error
     return actions

@@ -14,10 +14,10 @@ import numpy as np
 import onnxruntime
 import torch
 
-from device.bundle import ENVIRONMENT_STATE, STATE
-from export.act import ActConfig, ActPolicy
+from device.bundle import ACTION, ENVIRONMENT_STATE, STATE
+from export.act import ActPolicy
 from export.act_network import FIRST_DECODER_ROW, act, first_decoder_row, run_in_torch
-from export.checkpoint import ACTION
+from export.act_weights import ActConfig
 from export.errors import ExportError
 from export.graph import GraphOperations, stored_in_half
 from export.operations import Array

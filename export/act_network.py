@@ -15,9 +15,9 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from device.bundle import ENVIRONMENT_STATE, STATE
-from export.act import ActConfig, ActPolicy, Convolution, blocks
-from export.checkpoint import ACTION
+from device.bundle import ACTION, ENVIRONMENT_STATE, STATE
+from export.act import ActPolicy
+from export.act_weights import ActConfig, Convolution, blocks
 from export.operations import Array, Operations, TorchOperations
 
 T = TypeVar("T")

@@ -1,15 +1,15 @@
-"""Reads a LeRobot policy directory: configuration, weights and normalisation, in either of its two layouts.
+"""A policy as some training framework saved it, in the one form that the rest of `export` works with.
 
-Since 0.4 the normalisation stands in processor files beside the weights; before, in buffers among the weights. Both
-become one Checkpoint, and nothing downstream knows which it was. Nothing is guessed: files are found by the names that
-the JSON gives, features by the names that the configuration declares, and a processor step that would change numbers
-in a way that this reader does not know is refused by name. Nothing is downloaded and nothing is unpickled.
+Readers (`export.lerobot`) fill a Checkpoint from files with the functions here; networks (`export.act`) take one.
+It holds what the files say under the names that they use: configuration, weights, features in the policy's order, and
+the normalisation already reduced to numbers. Every way in which a file can be unreadable is an ExportError that
+names it.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,17 +19,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from device.bundle import file_sha256
 from export.errors import ExportError
 from export.normalize import Normalizer, Statistics
-
-CONFIG = "config.json"
-WEIGHTS = "model.safetensors"
-TRAINING_CONFIG = "train_config.json"
-PREPROCESSOR = "policy_preprocessor.json"
-POSTPROCESSOR = "policy_postprocessor.json"
-ACTION = "action"
-NEARBY = ("pretrained_model", "last/pretrained_model", "checkpoints/last/pretrained_model", "..", "../pretrained_model")
 
 
 @dataclass(frozen=True)
@@ -52,6 +43,8 @@ class Checkpoint:
     (inputs as they go in, `action` as it comes out); `robot_names` maps a policy's input to what the robot calls it."""
 
     path: Path
+    config_path: Path
+    weights_path: Path
     config: dict[str, Any]
     inputs: tuple[Feature, ...]
     outputs: tuple[Feature, ...]
@@ -66,50 +59,6 @@ class Checkpoint:
 
     def robot_name(self, feature: str) -> str:
         return self.robot_names.get(feature, feature)
-
-
-def read_checkpoint(path: Path, allow_unnormalized: Iterable[str] = ()) -> Checkpoint:
-    """Read a policy directory. `allow_unnormalized` names features that may lack statistics. Raises ExportError."""
-    from export import legacy_buffers, processors
-
-    directory, warnings = find_policy(path)
-    config = read_json(directory / CONFIG)
-    checkpoint = Checkpoint(
-        path=directory,
-        config=config,
-        inputs=_features(config, "input_features", directory),
-        outputs=_features(config, "output_features", directory),
-        weights=_read_weights(directory / WEIGHTS),
-        layout="",
-        warnings=warnings,
-    )
-    allowed = frozenset(allow_unnormalized)
-    if (directory / PREPROCESSOR).exists() or (directory / POSTPROCESSOR).exists():
-        checkpoint.layout = "lerobot processors (0.4 and later)"
-        files = processors.read_normalization(checkpoint, allowed)
-    else:
-        checkpoint.layout = "lerobot buffers (before 0.4)"
-        files = legacy_buffers.read_normalization(checkpoint, allowed)
-    checkpoint.dataset = _training_dataset(directory)
-    checkpoint.source_files = {name: file_sha256(directory / name) for name in (CONFIG, WEIGHTS, *files)}
-    return checkpoint
-
-
-def find_policy(path: Path) -> tuple[Path, list[str]]:
-    """The folder that holds config.json: `path`, or one level off, which the returned warning says."""
-    if not path.exists():
-        raise ExportError(f"{path} does not exist; give the folder that holds {CONFIG} and {WEIGHTS}")
-    start = path if path.is_dir() else path.parent
-    for candidate in (start, *(start / name for name in NEARBY)):
-        if (candidate / CONFIG).is_file() and (candidate / WEIGHTS).is_file():
-            found = candidate if candidate == start else candidate.resolve()
-            return found, [] if found == path else [f"{path} holds no policy itself; using {found}"]
-    if (start / CONFIG).is_file():
-        raise ExportError(f"{start / WEIGHTS} is missing")
-    raise ExportError(
-        f"{path} holds no {CONFIG} and {WEIGHTS}, nor does a pretrained_model beside, above or below it; "
-        "give the folder <run>/checkpoints/<step>/pretrained_model"
-    )
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -156,31 +105,3 @@ def group_statistics(tensors: Mapping[str, torch.Tensor]) -> dict[str, Statistic
         feature, _, statistic = key.rpartition(".")
         grouped.setdefault(feature, {})[statistic] = tensor.numpy().astype(np.float64).reshape(-1)
     return dict(grouped)
-
-
-def _features(config: Mapping[str, Any], key: str, directory: Path) -> tuple[Feature, ...]:
-    found = config.get(key)
-    if not isinstance(found, dict) or not found:
-        raise ExportError(
-            f"{directory / CONFIG}: {key} is missing; checkpoints from before LeRobot had it (2025) must first be "
-            "loaded and saved with LeRobot 0.3.3"
-        )
-    return parse_features(found, f"{directory / CONFIG}: {key}")
-
-
-def _read_weights(path: Path) -> dict[str, torch.Tensor]:
-    weights: dict[str, torch.Tensor] = {}
-    for name, tensor in read_tensors(path).items():
-        plain = name.replace("_orig_mod.", "")  # what torch.compile puts into the names while training
-        if plain in weights:
-            raise ExportError(f"{path}: {plain} is there twice, with and without _orig_mod")
-        weights[plain] = tensor
-    return weights
-
-
-def _training_dataset(directory: Path) -> str | None:
-    if not (directory / TRAINING_CONFIG).is_file():
-        return None
-    dataset = read_json(directory / TRAINING_CONFIG).get("dataset")
-    name = dataset.get("repo_id") if isinstance(dataset, dict) else None
-    return name if isinstance(name, str) else None

@@ -1,19 +1,16 @@
 """`understudy export`: a checkpoint in, a policy bundle out.
 
 The command line calls `export_checkpoint`; so do the training recipes and the tests. It reads the checkpoint, asks
-for what no checkpoint says (joint names, units, rate), writes the bundle beside its final place and renames it there
-once everything in it is on disk and proven: a folder that is called as asked is a whole bundle.
+for what no checkpoint says (joint names, units, rate), has the network written and proven equal to PyTorch, and only
+then puts a bundle where it was asked for.
 """
 
 from __future__ import annotations
 
 import datetime
-import io
 import json
-import shutil
-import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from enum import Enum
 from importlib import metadata
@@ -21,29 +18,27 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import numpy as np
-import simplejpeg
+from pydantic import ValidationError
 from rich.console import Console
 
+from device.arrays import Array, load_arrays
 from device.bundle import (
     ACTION,
-    GOLDEN,
-    MANIFEST,
-    POLICY,
+    STATE,
     Camera,
     Fidelity,
     Handoff,
     Joint,
     Manifest,
     Provenance,
-    file_sha256,
-    load_arrays,
 )
-from device.durable import rename_durably, sync_directory, write_durably
 from export.act import ActPolicy, read_act
 from export.act_export import AuthoredPolicy, author, input_shapes
-from export.checkpoint import WEIGHTS, Checkpoint, read_checkpoint
+from export.bundle_writer import refuse_occupied, write_bundle
+from export.checkpoint import Checkpoint
 from export.errors import ExportError
-from export.operations import Array
+from export.lerobot import read_checkpoint
+from export.normalize import Statistics
 from export.units import check_units, name_joints
 from firmware_bridge.calibration import Unit
 
@@ -101,41 +96,40 @@ def export_checkpoint(
     """
     started = time.perf_counter()
     say = progress or (lambda step: None)
-    _refuse_occupied(out, overwrite)
+    refuse_occupied(out, overwrite)
     say("reading the checkpoint")
     source = read_checkpoint(checkpoint, allow_unnormalized)
     policy = _read_policy(source)
-    names = name_joints(joints, policy.config.action_size, units)
-    _check_joint_units(source, names)
+    manifest = _manifest(
+        source,
+        policy,
+        joints=name_joints(joints, policy.config.action_size, units),
+        rate_hz=rate_hz,
+        dataset=dataset,
+        handoff=_handoff(policy, handoff, ensemble_m),
+        two_state_joints=two_state_joints,
+    )
+    check_units(manifest.joints, _joint_statistics(source, manifest), str(source.path))
     seen = None if observation is None else _observation(source, policy, observation)
     say("writing and checking the network")
     authored = author(policy, _input_names(source, policy), seen, half=weights is Weights.fp16)
     say("writing the bundle")
-
-    def manifest(files: dict[str, str]) -> Manifest:
-        return Manifest(
-            schema=1,
-            family="act",
-            joints=names,
-            cameras=_cameras(source, policy),
-            state_size=policy.config.state_size,
-            environment_state=policy.config.environment_state,
-            chunk_size=policy.config.chunk_size,
-            action_rate_hz=rate_hz,
-            handoff=_handoff(policy, handoff, ensemble_m),
-            two_state_joints=tuple(two_state_joints),
-            provenance=_provenance(source, dataset),
-            fidelity=Fidelity(
-                weights=weights.value, max_error=authored.max_error, max_rounding_error=authored.max_rounding_error
-            ),
-            files=files,
-        )
-
-    pictures = {} if seen is None else {camera.name: seen[name] for name, camera in _by_input(source, policy).items()}
-    _write_bundle(out, authored, pictures, manifest, overwrite)
-    seconds = time.perf_counter() - started
-    errors = authored.max_error, authored.max_rounding_error
-    return ExportReport(out, authored.nodes, seconds, *errors, warnings=tuple(source.warnings))
+    write_bundle(
+        out,
+        manifest.model_copy(update={"fidelity": _fidelity(weights, authored)}),
+        authored.model,
+        authored.golden,
+        pictures={} if seen is None else {camera.name: seen[name] for name, camera in _cameras(source, policy).items()},
+        overwrite=overwrite,
+    )
+    return ExportReport(
+        path=out,
+        nodes=authored.nodes,
+        seconds=time.perf_counter() - started,
+        max_error=authored.max_error,
+        max_rounding_error=authored.max_rounding_error,
+        warnings=tuple(source.warnings),
+    )
 
 
 def run_export(
@@ -189,10 +183,52 @@ def _read_policy(source: Checkpoint) -> ActPolicy:
     return read_act(source)
 
 
-def _check_joint_units(source: Checkpoint, joints: Sequence[Joint]) -> None:
+def _manifest(
+    source: Checkpoint,
+    policy: ActPolicy,
+    *,
+    joints: tuple[Joint, ...],
+    rate_hz: float,
+    dataset: str | None,
+    handoff: Handoff,
+    two_state_joints: Sequence[str],
+) -> Manifest:
+    """The manifest but for what is known only once the network is written: errors and files."""
+    try:
+        return Manifest(
+            schema=1,
+            family="act",
+            joints=joints,
+            cameras=tuple(_cameras(source, policy).values()),
+            state_size=policy.config.state_size,
+            environment_state=policy.config.environment_state,
+            chunk_size=policy.config.chunk_size,
+            action_rate_hz=rate_hz,
+            handoff=handoff,
+            two_state_joints=tuple(two_state_joints),
+            provenance=_provenance(source, dataset),
+            fidelity=Fidelity(weights="fp32", max_error=0, max_rounding_error=0),
+            files={},
+        )
+    except ValidationError as error:
+        problem = error.errors()[0]
+        option = "".join(f"{part}: " for part in problem["loc"])
+        raise ExportError(
+            f"{option}{problem['msg'].removeprefix('Value error, ')}, found {problem['input']!r}"
+        ) from None
+
+
+def _fidelity(weights: Weights, authored: AuthoredPolicy) -> Fidelity:
+    return Fidelity(weights=weights.value, max_error=authored.max_error, max_rounding_error=authored.max_rounding_error)
+
+
+def _joint_statistics(source: Checkpoint, manifest: Manifest) -> dict[str, Statistics]:
+    """Statistics of the features that hold one value a joint."""
     sizes = {feature.name: feature.shape for feature in (*source.inputs, *source.outputs)}
-    same = {name: found for name, found in source.statistics.items() if sizes.get(name) == (len(joints),)}
-    check_units(joints, {name: same[name] for name in ("observation.state", ACTION) if name in same}, str(source.path))
+    joints = (len(manifest.joints),)
+    return {
+        name: source.statistics[name] for name in (STATE, ACTION) if name in source.statistics and sizes[name] == joints
+    }
 
 
 def _input_names(source: Checkpoint, policy: ActPolicy) -> dict[str, str]:
@@ -203,17 +239,14 @@ def _input_names(source: Checkpoint, policy: ActPolicy) -> dict[str, str]:
     return names
 
 
-def _by_input(source: Checkpoint, policy: ActPolicy) -> dict[str, Camera]:
+def _cameras(source: Checkpoint, policy: ActPolicy) -> dict[str, Camera]:
+    """By the policy's name of the image."""
     cameras = {}
     for name, height, width in policy.config.images:
         given = source.robot_name(name)
         short = given.removeprefix(IMAGES).removeprefix("observation.")
         cameras[name] = Camera(name=short, input=given, width=width, height=height)
     return cameras
-
-
-def _cameras(source: Checkpoint, policy: ActPolicy) -> tuple[Camera, ...]:
-    return tuple(_by_input(source, policy).values())
 
 
 def _observation(source: Checkpoint, policy: ActPolicy, path: Path) -> dict[str, Array]:
@@ -241,7 +274,7 @@ def _provenance(source: Checkpoint, dataset: str | None) -> Provenance:
         policy_type=str(source.config["type"]),
         source_layout=source.layout,
         checkpoint=source.path.resolve().name,
-        checkpoint_sha256=source.source_files[WEIGHTS],
+        checkpoint_sha256=source.source_files[source.weights_path.name],
         source_files=source.source_files,
         dataset=dataset or source.dataset,
         exporter=_version(),
@@ -254,52 +287,3 @@ def _version() -> str:
         return metadata.version("understudy")
     except metadata.PackageNotFoundError:  # run from a source tree that was never installed
         return "unreleased"
-
-
-def _refuse_occupied(out: Path, overwrite: bool) -> None:
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    if not overwrite:
-        raise ExportError(f"{out} exists already; give another --out, or remove it first")
-    if not (out / MANIFEST).is_file():
-        raise ExportError(f"{out} is no bundle, so it is not overwritten; give another --out")
-
-
-def _write_bundle(
-    out: Path,
-    authored: AuthoredPolicy,
-    pictures: Mapping[str, Array],
-    manifest: Callable[[dict[str, str]], Manifest],
-    overwrite: bool,
-) -> None:
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    except OSError as error:
-        raise ExportError(f"{out} cannot be written: {error}") from error
-    try:
-        partial.chmod(0o755)
-        _write_files(partial, authored, pictures)
-        files = sorted(path for path in partial.rglob("*") if path.is_file())
-        listed = {path.relative_to(partial).as_posix(): file_sha256(path) for path in files}
-        write_durably(partial / MANIFEST, manifest(listed).to_json())
-        sync_directory(partial)
-        if overwrite and out.exists():
-            shutil.rmtree(out)
-        rename_durably(partial, out)
-    except OSError as error:
-        raise ExportError(f"{out} cannot be written: {error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _write_files(folder: Path, authored: AuthoredPolicy, pictures: Mapping[str, Array]) -> None:
-    write_durably(folder / POLICY, authored.model)
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, allow_pickle=False, **authored.golden)
-    write_durably(folder / GOLDEN, buffer.getvalue())
-    if pictures:
-        (folder / "reference").mkdir()
-    for camera, frame in pictures.items():
-        jpeg = simplejpeg.encode_jpeg(np.ascontiguousarray(frame), quality=92, colorspace="RGB")
-        write_durably(folder / "reference" / f"{camera}.jpg", jpeg)

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from export.checkpoint import CONFIG, WEIGHTS, Checkpoint, Feature
+from export.checkpoint import Checkpoint, Feature
 from export.errors import ExportError
 from export.normalize import MODES, identity, normalizer
 
@@ -24,7 +24,7 @@ def read_normalization(checkpoint: Checkpoint, allowed: frozenset[str]) -> list[
     """Take the buffers out of the checkpoint's weights and fill its normalizers and statistics."""
     modes = checkpoint.config.get("normalization_mapping")
     if not isinstance(modes, dict):
-        raise ExportError(f"{checkpoint.path / CONFIG}: normalization_mapping is missing")
+        raise ExportError(f"{checkpoint.config_path}: normalization_mapping is missing")
     for feature in checkpoint.inputs:
         _add(checkpoint, feature, INPUTS, modes, allowed)
     for feature in checkpoint.outputs:
@@ -34,11 +34,13 @@ def read_normalization(checkpoint: Checkpoint, allowed: frozenset[str]) -> list[
 
 
 def _add(checkpoint: Checkpoint, feature: Feature, prefix: str, modes: dict[str, Any], allowed: frozenset[str]) -> None:
-    where = str(checkpoint.path / WEIGHTS)
+    where = str(checkpoint.weights_path)
     statistics = _take(checkpoint, prefix, feature)
     mode = modes.get(feature.kind)
     if mode is None:
-        checkpoint.warnings.append(f"{CONFIG}: normalization_mapping names no mode for {feature.name}; not normalised")
+        checkpoint.warnings.append(
+            f"{checkpoint.config_path}: no normalization_mapping for {feature.name}; it has none"
+        )
         mode = "IDENTITY"
     if not statistics and feature.name in allowed:
         checkpoint.normalizers[feature.name] = identity(feature.channels)

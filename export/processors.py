@@ -13,10 +13,8 @@ from typing import Any
 
 import torch
 
+from device.bundle import ACTION
 from export.checkpoint import (
-    ACTION,
-    POSTPROCESSOR,
-    PREPROCESSOR,
     Checkpoint,
     Feature,
     group_statistics,
@@ -27,8 +25,14 @@ from export.checkpoint import (
 from export.errors import ExportError
 from export.normalize import Normalizer, identity, normalizer
 
+PREPROCESSOR = "policy_preprocessor.json"
+POSTPROCESSOR = "policy_postprocessor.json"
 RENAME, NORMALIZE, UNNORMALIZE = "rename_observations_processor", "normalizer_processor", "unnormalizer_processor"
 NO_EFFECT = {"to_batch_processor", "device_processor"}  # a batch axis and a device, which the graph has no need of
+
+
+def has_processors(directory: Path) -> bool:
+    return (directory / PREPROCESSOR).exists() or (directory / POSTPROCESSOR).exists()
 
 
 def read_normalization(checkpoint: Checkpoint, allowed: frozenset[str]) -> list[str]:

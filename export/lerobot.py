@@ -1,0 +1,97 @@
+"""Reads a LeRobot policy directory: configuration, weights and normalisation, in either of its two layouts.
+
+Since 0.4 the normalisation stands in processor files beside the weights; before, in buffers among the weights. Both
+become one Checkpoint, and nothing downstream knows which it was. Nothing is guessed: files are found by the names that
+the JSON gives, features by the names that the configuration declares, and a processor step that would change numbers
+in a way that this reader does not know is refused by name. Nothing is downloaded and nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from device.bundle import file_sha256
+from export import legacy_buffers, processors
+from export.checkpoint import Checkpoint, Feature, parse_features, read_json, read_tensors
+from export.errors import ExportError
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+TRAINING_CONFIG = "train_config.json"
+NEARBY = ("pretrained_model", "last/pretrained_model", "checkpoints/last/pretrained_model", "..", "../pretrained_model")
+
+
+def read_checkpoint(path: Path, allow_unnormalized: Iterable[str] = ()) -> Checkpoint:
+    """Read a policy directory. `allow_unnormalized` names features that may lack statistics. Raises ExportError."""
+    directory, warnings = find_policy(path)
+    config = read_json(directory / CONFIG)
+    checkpoint = Checkpoint(
+        path=directory,
+        config_path=directory / CONFIG,
+        weights_path=directory / WEIGHTS,
+        config=config,
+        inputs=_features(config, "input_features", directory),
+        outputs=_features(config, "output_features", directory),
+        weights=_read_weights(directory / WEIGHTS),
+        layout="",
+        warnings=warnings,
+    )
+    allowed = frozenset(allow_unnormalized)
+    if processors.has_processors(directory):
+        checkpoint.layout = "lerobot processors (0.4 and later)"
+        files = processors.read_normalization(checkpoint, allowed)
+    else:
+        checkpoint.layout = "lerobot buffers (before 0.4)"
+        files = legacy_buffers.read_normalization(checkpoint, allowed)
+    checkpoint.dataset = _training_dataset(directory)
+    checkpoint.source_files = {name: file_sha256(directory / name) for name in (CONFIG, WEIGHTS, *files)}
+    return checkpoint
+
+
+def find_policy(path: Path) -> tuple[Path, list[str]]:
+    """The folder that holds config.json: `path`, or one level off, which the returned warning says."""
+    if not path.exists():
+        raise ExportError(f"{path} does not exist; give the folder that holds {CONFIG} and {WEIGHTS}")
+    start = path if path.is_dir() else path.parent
+    for candidate in (start, *(start / name for name in NEARBY)):
+        if (candidate / CONFIG).is_file() and (candidate / WEIGHTS).is_file():
+            found = candidate if candidate == start else candidate.resolve()
+            return found, [] if found == path else [f"{path} holds no policy itself; using {found}"]
+    if (start / CONFIG).is_file():
+        raise ExportError(f"{start / WEIGHTS} is missing")
+    raise ExportError(
+        f"{path} holds no {CONFIG} and {WEIGHTS}, nor does a pretrained_model beside, above or below it; "
+        "give the folder <run>/checkpoints/<step>/pretrained_model"
+    )
+
+
+def _features(config: Mapping[str, Any], key: str, directory: Path) -> tuple[Feature, ...]:
+    found = config.get(key)
+    if not isinstance(found, dict) or not found:
+        raise ExportError(
+            f"{directory / CONFIG}: {key} is missing; checkpoints from before LeRobot had it (2025) must first be "
+            "loaded and saved with LeRobot 0.3.3"
+        )
+    return parse_features(found, f"{directory / CONFIG}: {key}")
+
+
+def _read_weights(path: Path) -> dict[str, torch.Tensor]:
+    weights: dict[str, torch.Tensor] = {}
+    for name, tensor in read_tensors(path).items():
+        plain = name.replace("_orig_mod.", "")  # what torch.compile puts into the names while training
+        if plain in weights:
+            raise ExportError(f"{path}: {plain} is there twice, with and without _orig_mod")
+        weights[plain] = tensor
+    return weights
+
+
+def _training_dataset(directory: Path) -> str | None:
+    if not (directory / TRAINING_CONFIG).is_file():
+        return None
+    dataset = read_json(directory / TRAINING_CONFIG).get("dataset")
+    name = dataset.get("repo_id") if isinstance(dataset, dict) else None
+    return name if isinstance(name, str) else None
