@@ -1,0 +1,29 @@
+"""Where the real LeRobot is, for the tests that hold us against it."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+
+def lerobot_python() -> str:
+    """An interpreter that can import LeRobot, or skip the test with the reason."""
+    named = os.environ.get("UNDERSTUDY_LEROBOT_PYTHON")
+    if named:
+        return named
+    if importlib.util.find_spec("lerobot") is None:
+        pytest.skip("LeRobot is not installed here; name an interpreter that has it in UNDERSTUDY_LEROBOT_PYTHON")
+    return sys.executable
+
+
+def ask_lerobot(script: str, question: Any) -> Any:
+    """Run a script in LeRobot's interpreter: `question` as JSON on standard input, the answer on its last line."""
+    done = subprocess.run(
+        [lerobot_python(), "-c", script], input=json.dumps(question), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
