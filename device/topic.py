@@ -36,6 +36,7 @@ _TRIES = 4  # copies of one record before a reader gives up; in a ring of 4 slot
 _SLICE_S = 0.25  # how long a waiter may sleep on a file that was replaced in the moment before it fell asleep
 _ATTACH_POLL_S = 0.02  # there is no futex to sleep on before there is a file
 _UNKNOWN = np.dtype([("t_ns", "<i8")])  # of no records at all, while there is no file to say it
+_NO_OUT = (np.empty((), _UNKNOWN), np.empty(0, np.uint8))
 
 
 def topic_path(runtime: Path, name: str) -> Path:
@@ -154,6 +155,7 @@ class TopicReader:
         self._expected = None if dtype is None else np.dtype(dtype)
         self._ring: Ring | None = None
         self._head = -1  # at the last look
+        self._out: tuple[Record, npt.NDArray[np.uint8]] = _NO_OUT
         self._series: dict[str, tuple[npt.NDArray[np.int64], npt.NDArray[Any]]] = {}
         self._follow()
 
@@ -168,6 +170,11 @@ class TopicReader:
         ring = self._follow()
         return None if ring is None else ring.dtype
 
+    @property
+    def cursor(self) -> int:
+        """The number of the newest record at the last call that looked: for `wait`, without missing what came since."""
+        return max(self._head, 0)
+
     def latest(self, out: Record | None = None) -> np.void | None:
         """The newest record, a copy (into `out`, 0-d of the topic's dtype, if given).
 
@@ -180,8 +187,8 @@ class TopicReader:
             n = self._head
             fence()
             if ring.whole(n):  # else it would be a copy for nothing
-                target = self._target(ring, out)
-                np.copyto(target.reshape(1).view(np.uint8), ring.bytes[n % ring.slots])
+                target, raw = self._target(ring, out)
+                np.copyto(raw, ring.bytes[n % ring.slots])
                 fence()
                 if ring.whole(n):
                     return cast(np.void, target[()])  # numpy's stubs take it for an array
@@ -209,11 +216,9 @@ class TopicReader:
         records = np.empty(head + 1 - start, ring.dtype)
         _unroll(ring.bytes, start, records.view(np.uint8).reshape(len(records), ring.dtype.itemsize))
         fence()
-        seqs = np.empty(len(records), np.uint64)
-        _unroll(ring.seqs, start, seqs)
-        torn = np.flatnonzero(seqs != np.arange(2 * start, 2 * head + 1, 2, dtype=np.uint64))
-        if len(torn):  # the writer overwrites oldest first: everything up to the last torn one is gone
-            records = records[int(torn[-1]) + 1 :]
+        # The writer overwrites oldest first: everything up to the last torn one is gone.
+        whole = next((n for n in range(start, head + 1) if ring.whole(n)), head + 1)
+        records = records[whole - start :]
         lost = head - len(records) - max(cursor, ring.origin) if cursor else 0
         return records, head, lost
 
@@ -279,6 +284,7 @@ class TopicReader:
     def close(self) -> None:
         """Lets the file go. A later call attaches again."""
         self._series.clear()
+        self._out = _NO_OUT
         if self._ring is not None:
             self._ring.close()
             self._ring = None
@@ -320,12 +326,19 @@ class TopicReader:
         self._ring = ring
         return ring
 
-    def _target(self, ring: Ring, out: Record | None) -> Record:
+    def _target(self, ring: Ring, out: Record | None) -> tuple[Record, npt.NDArray[np.uint8]]:
+        """The record to fill, and its memory as bytes. Checked once for an `out` that is given again and again:
+
+        to compare two structured dtypes costs more than all the rest of a look."""
+        if out is not None and out is self._out[0]:
+            return self._out
         if out is None:
-            return np.empty((), ring.dtype)
+            record: Record = np.empty((), ring.dtype)
+            return record, record.reshape(1).view(np.uint8)
         if out.dtype != ring.dtype or out.shape != ():
             raise TopicError(f"{self.path} holds records of {ring.dtype}; `out` has {out.dtype} and shape {out.shape}")
-        return out
+        self._out = (out, out.reshape(1).view(np.uint8))
+        return self._out
 
     def _history(self, ring: Ring, field: str) -> tuple[npt.NDArray[np.int64], npt.NDArray[Any]]:
         series = self._series.get(field)
@@ -342,7 +355,8 @@ def _unroll(ring: npt.NDArray[Any], start: int, out: npt.NDArray[Any]) -> None:
     at = start % len(ring)
     split = min(len(out), len(ring) - at)
     np.copyto(out[:split], ring[at : at + split])
-    np.copyto(out[split:], ring[: len(out) - split])
+    if split < len(out):
+        np.copyto(out[split:], ring[: len(out) - split])
 
 
 def _first_not_before(t_ns: int, times: npt.NDArray[np.int64], oldest: int, head: int, slots: int) -> int:

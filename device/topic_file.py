@@ -66,9 +66,8 @@ class Ring:
         schema = self._map[_SCHEMA_AT : _SCHEMA_AT + self.words[_W_SCHEMA]].decode()
         self.dtype: np.dtype[Any] = np.lib.format.descr_to_dtype(ast.literal_eval(schema))
         self._ring_at = self.words[_W_RING]
-        seq_at, payload_at, steps = self._ring_at, self._ring_at + _PAYLOAD_AT, (self.stride,)
-        self.seqs: npt.NDArray[np.uint64] = np.ndarray((self.slots,), np.uint64, self._map, seq_at, steps)
-        self.records: Record = np.ndarray((self.slots,), self.dtype, self._map, payload_at, steps)
+        payload_at = self._ring_at + _PAYLOAD_AT
+        self.records: Record = np.ndarray((self.slots,), self.dtype, self._map, payload_at, (self.stride,))
         # The same memory as bytes: numpy copies a structured record field by field, and bytes by one memcpy.
         shape = (self.slots, self.dtype.itemsize)
         self.bytes: npt.NDArray[np.uint8] = np.ndarray(shape, np.uint8, self._map, payload_at, (self.stride, 1))
@@ -96,7 +95,7 @@ class Ring:
 
     def close(self) -> None:
         self.words.release()
-        del self.seqs, self.records, self.bytes
+        del self.records, self.bytes
         with contextlib.suppress(BufferError):  # a view that a caller still holds keeps the mapping until it goes
             self._map.close()
 
