@@ -650,6 +650,12 @@ def test_latest_is_a_copy_and_fills_what_it_is_given(path: Path) -> None:
     assert (kept["number"], same["number"], out["number"]) == (1, 1, 1)
     with pytest.raises(TopicError, match="`out` has"):
         reader.latest(np.empty((), TICKS))
+    writer.close()
+    with TopicWriter(path, TICKS, 4).slot() as record:
+        record["tick"] = 5
+    reader.latest()
+    with pytest.raises(TopicError, match="`out` has"):
+        reader.latest(out)
 
 
 def test_since_zero_is_what_is_still_held_and_nothing_lost(path: Path) -> None:
@@ -684,6 +690,18 @@ def test_wait_sees_newer_records_at_once_and_gives_up_in_time(path: Path) -> Non
     assert reader.wait(STUCK_S, 0)
     assert not reader.wait(0.05, writer.head)
     assert not reader.wait(0.05), "without a cursor only a record after the call counts"
+
+
+def test_waiting_with_the_readers_cursor_misses_nothing_since_its_last_look(path: Path) -> None:
+    reader = TopicReader(path)
+    assert reader.cursor == 0
+    writer = TopicWriter(path, SMALL, 4)
+    publish(writer, 1)
+    assert reader.latest() is not None
+    assert reader.cursor == writer.head
+    assert not reader.wait(0.05, reader.cursor)
+    publish(writer, 2)  # after the look, before the wait
+    assert reader.wait(STUCK_S, reader.cursor)
 
 
 def test_a_reader_may_come_before_its_writer(path: Path) -> None:
