@@ -213,9 +213,7 @@ def _manifest(
     except ValidationError as error:
         problem = error.errors()[0]
         option = "".join(f"{part}: " for part in problem["loc"])
-        raise ExportError(
-            f"{option}{problem['msg'].removeprefix('Value error, ')}, found {problem['input']!r}"
-        ) from None
+        raise ExportError(option + problem["msg"].removeprefix("Value error, ")) from None
 
 
 def _fidelity(weights: Weights, authored: AuthoredPolicy) -> Fidelity:

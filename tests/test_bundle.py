@@ -1,0 +1,217 @@
+"""Policy bundles: a good one opens, and every bad one gets one sentence that says what is wrong and what to do."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("onnx", reason="the bundles of these tests are written with the export extra")
+
+from fixtures.tiny_bundle import JOINTS, document, expected, observed, write_tiny_bundle
+
+from device.arrays import dump_arrays
+from device.bundle import Bundle
+from device.config import VIRTUAL_CELL, LoadedCell, load_cell
+from device.errors import BundleError
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Bundle:
+    return write_tiny_bundle(tmp_path / "tiny")
+
+
+def edit(bundle: Bundle, **changes: Any) -> Path:
+    """Change the manifest as a person with an editor would."""
+    path = bundle.path / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return bundle.path
+
+
+def rehash(path: Path) -> Path:
+    """Make the manifest agree with the files again, as a damaged export would."""
+    manifest = path / "manifest.json"
+    files = {
+        name: hashlib.sha256((path / name).read_bytes()).hexdigest()
+        for name in json.loads(manifest.read_text())["files"]
+    }
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"files": files}))
+    return path
+
+
+def refusal(path: Path) -> str:
+    with pytest.raises(BundleError) as caught:
+        Bundle.open(path)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_a_bundle_opens_with_its_golden_inputs(bundle: Bundle) -> None:
+    inputs, actions = bundle.golden()
+    for name, array in observed().items():
+        np.testing.assert_array_equal(inputs[name], array)
+    np.testing.assert_array_equal(actions, expected(inputs))
+    assert set(bundle.manifest.files) == {"policy.onnx", "golden.npz", "reference/front.jpg"}
+
+
+def test_its_digest_is_that_of_the_manifest(bundle: Bundle) -> None:
+    assert bundle.digest == hashlib.sha256((bundle.path / "manifest.json").read_bytes()).hexdigest()
+
+
+def test_it_may_be_moved_and_reached_through_a_link(bundle: Bundle, tmp_path: Path) -> None:
+    shutil.move(bundle.path, tmp_path / "moved")
+    (tmp_path / "current").symlink_to("moved")
+    assert Bundle.open(tmp_path / "current").digest == bundle.digest
+
+
+def test_arrays_are_written_the_same_each_time() -> None:
+    assert dump_arrays(observed()) == dump_arrays(observed())
+
+
+def test_a_changed_file_is_named(bundle: Bundle) -> None:
+    with (bundle.path / "policy.onnx").open("ab") as file:
+        file.write(b"\0")
+    assert "policy.onnx is not the file that was exported" in refusal(bundle.path)
+
+
+def test_a_missing_file_is_named(bundle: Bundle) -> None:
+    (bundle.path / "reference" / "front.jpg").unlink()
+    assert "reference/front.jpg is missing" in refusal(bundle.path)
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a/../../b", ""])
+def test_a_file_outside_the_folder_is_refused(bundle: Bundle, name: str) -> None:
+    files = {**bundle.manifest.files, name: "0" * 64}
+    assert "points outside the bundle" in refusal(edit(bundle, files=files))
+
+
+def test_a_link_to_outside_the_folder_is_refused(bundle: Bundle, tmp_path: Path) -> None:
+    shutil.move(bundle.path / "policy.onnx", tmp_path / "policy.onnx")
+    (bundle.path / "policy.onnx").symlink_to(tmp_path / "policy.onnx")
+    assert "is a link that points outside" in refusal(bundle.path)
+
+
+def test_a_newer_schema_says_what_to_update(bundle: Bundle) -> None:
+    message = refusal(edit(bundle, schema=2, novelty=True))
+    assert "was written by a newer exporter (schema 2; this device knows 1): update the device software" in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"schema": "1"}, "schema: is missing"),
+        ({"novelty": 1}, "novelty: Extra inputs are not permitted"),
+        ({"chunk_size": 0}, "chunk_size: Input should be greater than 0"),
+        ({"chunk_size": "8"}, "chunk_size: Input should be a valid integer"),
+        ({"joints": []}, "joints: Tuple should have at least 1 item"),
+        ({"joints": [{"name": "a", "unit": "radians"}]}, "joints.0.unit"),
+        ({"joints": [{"name": "a", "unit": "degrees"}] * 2}, "a joint is named twice"),
+        ({"two_state_joints": ["claw"]}, "two_state_joints names 'claw'"),
+        ({"action_rate_hz": -1}, "action_rate_hz"),
+        ({"files": {}}, "lists no policy.onnx"),
+    ],
+)
+def test_a_manifest_that_says_something_odd_is_refused(bundle: Bundle, changes: dict[str, Any], says: str) -> None:
+    assert says in refusal(edit(bundle, **changes))
+
+
+def test_a_manifest_that_is_cut_is_refused(bundle: Bundle) -> None:
+    path = bundle.path / "manifest.json"
+    path.write_bytes(path.read_bytes()[:-20])
+    assert "is not valid JSON" in refusal(bundle.path)
+    path.write_bytes(b"\xff\xfe")
+    assert "is not valid JSON" in refusal(bundle.path)
+    path.unlink()
+    assert "holds no manifest.json" in refusal(bundle.path)
+
+
+def test_what_is_no_directory_is_refused(bundle: Bundle, tmp_path: Path) -> None:
+    assert "does not exist; a bundle is a directory" in refusal(tmp_path / "nowhere")
+    assert "is a file; a bundle is a directory" in refusal(bundle.path / "policy.onnx")
+
+
+@pytest.mark.parametrize(
+    ("golden", "says"),
+    [
+        ({"action": np.full((4, 6), np.nan, np.float32)}, "action holds NaN or infinity"),
+        ({"observation.state": np.full(6, np.inf, np.float32)}, "observation.state holds NaN or infinity"),
+        ({"action": np.zeros((3, 6), np.float32)}, r"action should have shape [4, 6], found shape [3, 6]"),
+    ],
+)
+def test_golden_values_that_prove_nothing_are_refused(bundle: Bundle, golden: dict[str, Any], says: str) -> None:
+    arrays = observed() | {"action": expected(observed())} | golden
+    (bundle.path / "golden.npz").write_bytes(dump_arrays(arrays))
+    with pytest.raises(BundleError) as caught:
+        Bundle.open(rehash(bundle.path)).golden()
+    assert says in str(caught.value)
+
+
+def test_golden_values_are_never_unpickled(bundle: Bundle) -> None:
+    np.savez(bundle.path / "golden.npz", action=np.array([{"a": 1}], dtype=object))
+    with pytest.raises(BundleError, match="cannot be read as an .npz file of plain arrays"):
+        Bundle.open(rehash(bundle.path)).golden()
+
+
+# Does it fit the cell?
+
+
+@pytest.fixture(scope="module")
+def cell() -> LoadedCell:
+    return load_cell(VIRTUAL_CELL)
+
+
+def unfit(tmp_path: Path, cell: LoadedCell, **changes: Any) -> str:
+    with pytest.raises(BundleError) as caught:
+        write_tiny_bundle(tmp_path / "unfit", **changes).check_fits(cell)
+    return str(caught.value)
+
+
+def test_a_bundle_made_for_the_cell_fits(bundle: Bundle, cell: LoadedCell) -> None:
+    bundle.check_fits(cell)
+
+
+def test_joints_in_another_order_do_not_fit(tmp_path: Path, cell: LoadedCell) -> None:
+    joints = document()["joints"]
+    message = unfit(tmp_path, cell, joints=[joints[1], joints[0], *joints[2:]])
+    assert "the policy moves shoulder_lift, shoulder_pan" in message
+    assert "in another order" in message
+
+
+def test_other_joints_do_not_fit(tmp_path: Path, cell: LoadedCell) -> None:
+    joints = [{"name": f"axis_{index}", "unit": "degrees"} for index in range(6)]
+    assert "has other joints: shoulder_pan" in unfit(tmp_path, cell, joints=joints)
+
+
+def test_other_units_do_not_fit(tmp_path: Path, cell: LoadedCell) -> None:
+    joints = [{"name": name, "unit": "range_m100_100"} for name in JOINTS]
+    message = unfit(tmp_path, cell, joints=joints)
+    assert "joint shoulder_pan in range_m100_100, but arm.joints.shoulder_pan.unit" in message
+
+
+def test_a_camera_that_the_cell_lacks_does_not_fit(tmp_path: Path, cell: LoadedCell) -> None:
+    cameras = [{"name": "ceiling", "input": "observation.images.front", "width": 96, "height": 96}]
+    assert "needs a camera named 'ceiling'; the cell has front" in unfit(tmp_path, cell, cameras=cameras)
+
+
+def test_a_camera_of_another_size_does_not_fit(tmp_path: Path, cell: LoadedCell) -> None:
+    cameras = [{"name": "front", "input": "observation.images.front", "width": 640, "height": 480}]
+    message = unfit(tmp_path, cell, cameras=cameras)
+    assert "640x480 pixels of camera 'front', but the cell's gives 96x96" in message
+
+
+def test_a_policy_that_acts_faster_than_the_loop_does_not_fit(tmp_path: Path, cell: LoadedCell) -> None:
+    assert "acts at 100 Hz, but control.rate_hz" in unfit(tmp_path, cell, action_rate_hz=100.0)
+
+
+def test_a_policy_that_sees_more_than_a_cell_can_does_not_fit(tmp_path: Path, cell: LoadedCell) -> None:
+    assert "takes observation.environment_state" in unfit(tmp_path, cell, environment_state=3)
+
+
+def test_a_state_that_is_more_than_positions_does_not_fit(tmp_path: Path, cell: LoadedCell) -> None:
+    assert "has 12 values for 6 joints" in unfit(tmp_path, cell, state_size=12)
