@@ -116,7 +116,12 @@ class V4l2Source:
         v4l2.stream_on(self._device, _CAPTURE)
 
     def _check_capabilities(self) -> None:
-        capabilities = v4l2.read_capabilities(self._device)
+        try:
+            capabilities = v4l2.read_capabilities(self._device)
+        except OSError as error:
+            if error.errno not in _UNSUPPORTED:
+                raise
+            raise ConfigError(f"{self._who} is no video device; {connected_cameras()}") from None
         self._card = capabilities.card.decode(errors="replace")
         offered = v4l2.Capability(capabilities.device_caps)
         if v4l2.Capability.VIDEO_CAPTURE not in offered or v4l2.Capability.STREAMING not in offered:
@@ -140,7 +145,9 @@ class V4l2Source:
             if error.errno in _UNSUPPORTED:
                 return
             raise
-        fps = interval.denominator / interval.numerator if interval.numerator else 0.0
+        if interval.numerator == 0:
+            return  # the driver does not say
+        fps = interval.denominator / interval.numerator
         if abs(fps - self._config.fps) > _RATE_TOLERANCE * self._config.fps:
             config = self._config
             raise self._refusal(f"{config.format} {config.width}x{config.height} at {config.fps:g} frames/s")
@@ -211,6 +218,11 @@ class V4l2Source:
             return f"{self._who} is in use by another program; find it with: fuser -v {self._config.device}"
         if error.errno in (errno.EACCES, errno.EPERM):
             return f"{self._who} may not be opened by this user; add the user to the group that owns it (video)"
+        if error.errno == errno.ENOSPC:
+            return (
+                f"{self._who} does not get the USB bandwidth that it asks for; use MJPG, a lower rate or size, or plug "
+                "one of the cameras into a port of another USB controller"
+            )
         return f"{self._who} cannot be started: {os.strerror(error.errno or 0)}"
 
 

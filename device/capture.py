@@ -25,8 +25,10 @@ from device.topic import TopicWriter, topic_path
 
 logger = logging.getLogger("capture")
 
-# How often a missing camera is looked for; a look is one open(2).
+# How often a missing camera is looked for, by its name; and the first pause after a camera that is there has failed,
+# doubled up to the longest while it keeps failing.
 LOOK_S = 0.25
+LONGEST_PAUSE_S = 2.0
 # Longest sleep in the driver: how soon `stop` and a freeze are noticed.
 WAIT_S = 0.1
 # A camera that is there and silent for so long is closed and opened again, which revives most of them.
@@ -43,8 +45,9 @@ def run(cell: LoadedCell, camera: str, runtime: Path, stop: Callable[[], bool]) 
     config = cell.cell.cameras[camera]
     layout = frames_dtype(config.jpeg_capacity)
     writer = TopicWriter(topic_path(runtime, f"frames/{camera}"), layout, TOPICS["frames/*"].slots)
+    present = Path(config.device).exists if config.device != VIRTUAL else lambda: True
     try:
-        Capture(config, lambda: open_source(cell, camera, runtime), writer).run(stop)
+        Capture(config, lambda: open_source(cell, camera, runtime), present, writer).run(stop)
     finally:
         writer.close()
 
@@ -67,7 +70,7 @@ class Counters:
 
     published: int = 0
     missed: int = 0  # by the driver's own counter: frames lost before us
-    flagged: int = 0  # marked as damaged by the driver
+    flagged: int = 0  # marked as damaged by the driver, or a raw picture that is too short
     truncated: int = 0  # no start or no end of a JPEG
     oversized: int = 0  # larger than the topic's slot
     withheld: int = 0  # of a frozen camera
@@ -104,35 +107,50 @@ class Announcer:
 
 
 class Capture:
-    """One camera's loop. `opener` gives a fresh Source each time that the camera has to be opened."""
+    """One camera's loop.
 
-    def __init__(self, config: CameraConfig, opener: Callable[[], Source], writer: TopicWriter) -> None:
+    `opener` gives a fresh Source each time that the camera has to be opened; `present` says, at the cost of a stat,
+    whether opening is worth while.
+    """
+
+    def __init__(
+        self, config: CameraConfig, opener: Callable[[], Source], present: Callable[[], bool], writer: TopicWriter
+    ) -> None:
         self.counters = Counters()
         self._config = config
         self._opener = opener
+        self._present = present
         self._writer = writer
         self._announcer = Announcer(config.device)
         self._next_sequence: int | None = None
         self._damage = 0  # frames dropped since the last camera.damaged
         self._damaged_ns = 0
+        self._pause_s = LOOK_S
 
     def run(self, stop: Callable[[], bool]) -> None:
         """Open, publish, and open again when the camera has gone, until `stop()`."""
         while not stop():
             try:
                 source = self._opener()
+                try:
+                    self._stream(source, stop)
+                finally:
+                    source.close()
             except OSError as error:
                 self._lost(error)
-                time.sleep(LOOK_S)
-                continue
-            try:
-                self._stream(source, stop)
-            except OSError as error:
-                self._lost(error)
-                time.sleep(LOOK_S)
-            finally:
-                source.close()
+                self._wait(stop)
         event(logger, "camera.stopped", device=self._config.device, **vars(self.counters))
+
+    def _wait(self, stop: Callable[[], bool]) -> None:
+        """Pause before the camera is opened again.
+
+        A missing one is awaited by its name: the sentence about it opens all the others, which must not go on for ever.
+        """
+        time.sleep(self._pause_s)
+        self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S)
+        while not self._present() and not stop():
+            self._pause_s = LOOK_S
+            time.sleep(LOOK_S)
 
     def _stream(self, source: Source, stop: Callable[[], bool]) -> None:
         """Publish what comes; returns when the camera should be opened afresh."""
@@ -170,7 +188,7 @@ class Capture:
         """Why a frame of which `size` bytes are a JPEG cannot be published, counted; None for a good one."""
         if frame.error:
             self.counters.flagged += 1
-            return "marked as damaged by the driver"
+            return "damaged on the way from the camera"
         if size == 0:
             self.counters.truncated += 1
             return "truncated JPEG"
@@ -188,6 +206,7 @@ class Capture:
             record["size"] = len(jpeg)
             record["data"][: len(jpeg)] = np.frombuffer(jpeg, np.uint8)
         self.counters.published += 1
+        self._pause_s = LOOK_S
 
     def _count_missed(self, sequence: int, now_ns: int) -> None:
         missed = 0 if self._next_sequence is None else sequence - self._next_sequence

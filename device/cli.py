@@ -27,7 +27,9 @@ app.add_typer(ctl_app, name="ctl")
 # Optional[...] and not `... | None`: typer evaluates annotations, and Python 3.10 must too.
 CellOption = Annotated[
     Optional[Path],  # noqa: UP045
-    typer.Option("--cell", help="The cell file, or 'virtual' for the virtual cell.", show_default="/etc/understudy/cell.toml"),
+    typer.Option(
+        "--cell", help="The cell file, or 'virtual' for the virtual cell.", show_default="/etc/understudy/cell.toml"
+    ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
 
@@ -121,7 +123,7 @@ def demo(
     time_limit_s: Annotated[float, typer.Option(min=1, help="An episode that takes longer has failed.")] = 25,
     as_json: JsonOption = False,
 ) -> None:
-    """The virtual cell: emulated servos, a simulated arm and rendered cameras under the real roles. Ends in a verdict."""
+    """The virtual cell: emulated servos, simulated arm and rendered cameras under the real roles. Ends in a verdict."""
     from device.demo import Options, run_demo
 
     options = Options(episodes, seed, handoff, inference_delay_ms, report, bundle, time_limit_s, as_json)
@@ -159,16 +161,44 @@ def _parse_ids(text: str) -> list[int]:
 def export(
     checkpoint: Annotated[Path, typer.Argument(help="A LeRobot checkpoint (its pretrained_model directory).")],
     out: Annotated[Path, typer.Option(help="Where the bundle goes.")],
-    joints: Annotated[Optional[str], typer.Option(help="Joint names in order, comma separated.")] = None,  # noqa: UP045
-    rate: Annotated[float, typer.Option(help="Actions a second.")] = 30.0,
+    joints: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Joint names in action order, comma separated; NAME=UNIT for one in another unit."),
+    ] = None,
+    rate: Annotated[float, typer.Option(help="Actions a second in training.")] = 30.0,
     units: Annotated[str, typer.Option(help="degrees, range_m100_100 or range_0_100.")] = "degrees",
     weights: Annotated[str, typer.Option(help="fp32, or fp16 to store the weights in half the space.")] = "fp32",
+    handoff: Annotated[Optional[str], typer.Option(help="Recommend ensemble, crossfade or latest.")] = None,  # noqa: UP045
+    ensemble_m: Annotated[Optional[float], typer.Option(help="The ensemble's coefficient.")] = None,  # noqa: UP045
+    two_state: Annotated[str, typer.Option(help="Joints that are never averaged, comma separated.")] = "",
+    dataset: Annotated[Optional[str], typer.Option(help="Training dataset, for the record.")] = None,  # noqa: UP045
+    observation: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="OBS.npz of a real observation: golden input and reference pictures."),
+    ] = None,
+    allow_unnormalized: Annotated[Optional[list[str]], typer.Option(help="A feature without statistics.")] = None,  # noqa: UP045
+    overwrite: Annotated[bool, typer.Option(help="Replace a bundle that is there.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Turn a checkpoint into a bundle whose numbers are proven equal to the original's."""
     from export.command import run_export
 
-    run_export(checkpoint, out, joints=joints, rate_hz=rate, units=units, weights=weights, as_json=as_json)
+    run_export(
+        checkpoint,
+        out,
+        joints=joints,
+        rate_hz=rate,
+        units=units,
+        weights=weights,
+        as_json=as_json,
+        handoff=handoff,
+        ensemble_m=ensemble_m,
+        two_state_joints=[name for name in two_state.split(",") if name],
+        dataset=dataset,
+        observation=observation,
+        allow_unnormalized=allow_unnormalized or (),
+        overwrite=overwrite,
+    )
 
 
 @bundle_app.command("show")
@@ -202,7 +232,9 @@ def bundle_run(
 
 
 @ctl_app.command("mode")
-def ctl_mode(mode: Annotated[str, typer.Argument(help="idle, policy, teleop, limp or reset.")], as_json: JsonOption = False) -> None:
+def ctl_mode(
+    mode: Annotated[str, typer.Argument(help="idle, policy, teleop, limp or reset.")], as_json: JsonOption = False
+) -> None:
     """Ask execute for a mode."""
     _ask("mode", as_json, mode=mode)
 
@@ -219,7 +251,7 @@ def ctl_status(as_json: JsonOption = False) -> None:
     _ask("status", as_json)
 
 
-def _ask(verb: str, as_json: bool, **fields: str) -> None:
+def _ask(verb: str, as_json: bool, **fields: Any) -> None:
     from device.config import runtime_directory
     from device.request_socket import ask
 

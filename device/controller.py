@@ -52,7 +52,7 @@ class Move:
 
 
 class Controller:
-    """The arm's mind for one cell. Attributes: mode; fault (a sentence, or None); holds (times all chunks went stale)."""
+    """What one cell's arm does. Attributes: mode; fault (a sentence, or None); holds (times all chunks went stale)."""
 
     def __init__(self, cell: LoadedCell, ensemble: ChunkEnsemble | None) -> None:
         limits = GuardLimits(
@@ -145,7 +145,10 @@ class Controller:
         names = self._cell.cell.joint_names
         for name, value in joints.items() if isinstance(joints, dict) else ():
             if name not in names or not isinstance(value, int | float) or not np.isfinite(value):
-                return {"ok": False, "why": f"{name}={value!r} is not a joint's position; joints are {', '.join(names)}"}
+                return {
+                    "ok": False,
+                    "why": f"{name}={value!r} is not a joint's position; joints are {', '.join(names)}",
+                }
             target[names.index(name)] = value
         target = np.clip(target, self.guard.limits.position_min, self.guard.limits.position_max)
         duration_s = self._move_duration_s(np.abs(target - self.guard.goal))

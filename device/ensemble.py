@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 Handoff = Literal["ensemble", "crossfade", "latest"]
 Floats = NDArray[np.float64]
 
+ACT_COEFFICIENT = 0.01  # m in ACT's experiments; for checkpoints that name none
+
 # A hand-over by crossfade takes this part of the time by which the new chunk is ahead of the old one. Overlap
 # blending over about a third of the advance took the spike at chunk boundaries from 5 times the inner steps to 1.2.
 CROSSFADE_PART = 1 / 3
@@ -39,9 +41,9 @@ class Choice:
 class ChunkEnsemble:
     """The live chunks of one policy.
 
-    Parameters: joints J; chunk_size K, the longest chunk; method; m, ACT's coefficient (0.01 where the checkpoint
-    has none); staleness_ns, the age of the newest observation beyond which nothing is said any more; two_state, the
-    joints (by index) that are never averaged: they follow the newest chunk; capacity, chunks kept.
+    Parameters: joints J; chunk_size K, the longest chunk; method; m, ACT's coefficient; staleness_ns, the age of the
+    newest observation beyond which nothing is said any more; two_state, the joints (by index) that are never averaged:
+    they follow the newest chunk; capacity, chunks kept.
     """
 
     def __init__(
@@ -50,7 +52,7 @@ class ChunkEnsemble:
         chunk_size: int,
         *,
         method: Handoff = "ensemble",
-        m: float = 0.01,
+        m: float = ACT_COEFFICIENT,
         staleness_ns: int = 300_000_000,
         two_state: tuple[int, ...] = (),
         capacity: int = 128,
@@ -80,9 +82,7 @@ class ChunkEnsemble:
         self._order = self._order[:0]
         self._live_before = b""
 
-    def add(
-        self, t_ns: int, t_obs_ns: int, dt_ns: int, actions: NDArray[Any], policy: bytes = b""
-    ) -> bool:
+    def add(self, t_ns: int, t_obs_ns: int, dt_ns: int, actions: NDArray[Any], policy: bytes = b"") -> bool:
         """Take a chunk that became known at t_ns. Returns False, and counts, where it cannot be used.
 
         `actions` is [k, J] with k <= K, finite, in joint units. A chunk of another policy than the last one clears
@@ -193,7 +193,7 @@ class ChunkEnsemble:
                 leaving = np.clip(remaining / easing, 0.0, 1.0)
                 if (weights * leaving).sum() > 1e-9:
                     weights *= leaving
-        return weights / weights.sum()
+        return np.asarray(weights / weights.sum())
 
     def _crossfade_weights(self, t_ns: int, order: NDArray[np.int64]) -> Floats:
         """Each chunk takes over from what went on before it, over a third of its advance: a chain of linear fades.

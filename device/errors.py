@@ -1,4 +1,4 @@
-"""The exceptions of the device side: one small tree, each also a built-in kind, so that a caller needs two `except` arms.
+"""The exceptions of the device side: one small tree, each also a built-in kind.
 
 Every message is a sentence for the person who can act: what was expected, what was found, where, what to do. The
 command prints the message of an UnderstudyError as it is and exits with 1; anything else is a defect and keeps its

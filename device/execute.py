@@ -16,25 +16,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from device import realtime
 from device.bundle import Bundle
 from device.config import VIRTUAL, LoadedCell
 from device.controller import Controller, Decision
-from device.ensemble import ChunkEnsemble
+from device.ensemble import ACT_COEFFICIENT, ChunkEnsemble
 from device.errors import DeviceUnavailableError
+from device.first_contact import look_at_servos
 from device.log import event
 from device.messages import TICKS, TOPICS, Mode, goals_dtype, joints_dtype
 from device.request_socket import RequestSocket
 from device.topic import TopicReader, TopicWriter, topic_path
-from firmware_bridge import registers
 from firmware_bridge.bus import BusLost, PortUnavailable, ServoBus
 
 logger = logging.getLogger("execute")
 
 _REOPEN_PERIOD_NS = 500_000_000
 _FIRST_READ_S = 3.0
+_VIRTUAL_SERVOS_START_S = 20.0
 # STS3215 memory table: load is 0.1 % of full PWM, current 6.5 mA, voltage 0.1 V.
 _LOAD, _CURRENT_A, _VOLTAGE_V = 1e-3, 6.5e-3, 0.1
 
@@ -64,6 +64,10 @@ class Execute:
         joints = len(self._names)
         ensemble, self._policy = _open_policy(cell)
         self.controller = Controller(cell, ensemble)
+        port = servo_port(cell, runtime)
+        if cell.cell.is_virtual:
+            _wait_for(Path(port))
+        self._found = look_at_servos(cell, port)
         self._bus = _open_bus(cell, runtime)
         self._reading = np.zeros((), joints_dtype(joints))
         self._joints = _writer(runtime, "joints", joints_dtype(joints))
@@ -196,14 +200,8 @@ class Execute:
         answered = np.zeros(len(self._names), dtype=bool)
         while not answered.all():
             if time.monotonic() > deadline:
-                silent = [
-                    f"{name} (id {servo})"
-                    for name, servo, there in zip(self._names, self._cell.servo_ids, answered, strict=True)
-                    if not there
-                ]
-                raise DeviceUnavailableError(
-                    f"{self._bus.port}: no answer from {', '.join(silent)}: check power, cables and ids"
-                )
+                silent = ", ".join(name for name, there in zip(self._names, answered, strict=True) if not there)
+                raise DeviceUnavailableError(f"{self._bus.port}: no answer from {silent}: check power and cables")
             try:
                 answered |= self._bus.read().valid
             except BusLost as error:
@@ -212,12 +210,13 @@ class Execute:
 
     def _hold_where_it_is(self) -> None:
         """Torque on without motion: servos that already hold keep their goal, the others get their position as goal."""
-        goals = self._cell.units.from_raw(self._bus.read_register(registers.GOAL_POSITION))
-        torque_on = self._bus.read_register(registers.TORQUE_ENABLE) == 1
+        units = self._cell.units
         position = np.array(self._reading["position"])
+        goals = units.from_raw(self._found.goal_raw)
         near = np.abs(goals - position) < self.controller.guard.limits.follow_error
-        self.controller.guard.rest_at(np.where(torque_on & near, goals, position))
-        self._bus.write_goals(self._cell.units.to_raw(self.controller.guard.goal))
+        keep = self._found.torque_on & near
+        self.controller.guard.rest_at(np.where(keep, goals, position))
+        self._bus.write_goals(np.where(keep, self._found.goal_raw, units.to_raw(position)))
         self._bus.write_torque(True)
 
     # ---- topics and requests
@@ -270,6 +269,13 @@ class Execute:
         self._mode_before = mode
 
 
+def _wait_for(port: Path) -> None:
+    """The virtual cell's servos are started together with this role; a real adapter is there or is a fault."""
+    deadline = time.monotonic() + _VIRTUAL_SERVOS_START_S
+    while not port.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
 def _writer(runtime: Path, name: str, dtype: np.dtype[np.void]) -> TopicWriter:
     return TopicWriter(topic_path(runtime, name), dtype, TOPICS[name].slots)
 
@@ -300,10 +306,8 @@ def _open_policy(cell: LoadedCell) -> tuple[ChunkEnsemble | None, str | None]:
         len(names),
         manifest.chunk_size,
         method=policy.handoff or manifest.handoff.method,
-        m=manifest.handoff.m,
+        m=ACT_COEFFICIENT if manifest.handoff.m is None else manifest.handoff.m,
         staleness_ns=round(policy.staleness_s * 1e9),
         two_state=tuple(names.index(name) for name in manifest.two_state_joints),
     )
     return ensemble, bundle.digest
-
-

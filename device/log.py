@@ -12,12 +12,17 @@ import logging
 import sys
 from collections.abc import Callable
 
+# Libraries speak up from WARNING on; our own events are the log.
+OURS = ("world", "capture", "execute", "predict", "topic")
+
 Field = str | int | float | bool | None
 
 
 def set_up(level: int = logging.INFO) -> None:
     """Send events to standard error, where systemd's journal (or a terminal) adds the time itself."""
-    logging.basicConfig(stream=sys.stderr, level=level, format="%(name)s: %(message)s", force=True)
+    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(name)s: %(message)s", force=True)
+    for name in OURS:
+        logging.getLogger(name).setLevel(level)
 
 
 def event(logger: logging.Logger, name: str, *, level: int = logging.INFO, **fields: Field) -> None:

@@ -32,6 +32,7 @@ logger = logging.getLogger("predict")
 # Engine against golden.npz at start: other processors and thread counts add up in another order (1e-4 seen), a wrong
 # engine is off by degrees.
 GOLDEN_TOLERANCE = 0.05
+TROUBLE_LASTS_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,7 @@ class Predict:
         self._policy = bundle.digest.encode()
         self._delay_s = delay_s
         self._chunk_id = 0
+        self._troubled_since: float | None = None
         self._trouble = Once(
             lambda reason: event(logger, "observation.lacking", level=logging.WARNING, reason=reason),
             lambda: event(logger, "observation.back"),
@@ -155,14 +157,15 @@ class Predict:
         if observed is not None and not self._fill_state(observed.t_ns):
             observed, trouble = None, "no joint state at the frame's time: is execute running?"
         if observed is None:
-            self._trouble.update(True, trouble)
+            self._note_trouble(trouble)
             return False
         began_ns = time.monotonic_ns()
         try:
             actions = self._engine.infer()
         except EngineError as error:
-            self._trouble.update(True, str(error))
+            self._note_trouble(str(error))
             return False
+        self._troubled_since = None
         self._trouble.update(False)
         if self._delay_s:
             time.sleep(self._delay_s)
@@ -171,6 +174,12 @@ class Predict:
 
     def close(self) -> None:
         self._chunks.close()
+
+    def _note_trouble(self, reason: str | None) -> None:
+        """Worth an event once it has lasted: a frame that came late is nobody's business."""
+        now = time.monotonic()
+        self._troubled_since = self._troubled_since or now
+        self._trouble.update(now - self._troubled_since > TROUBLE_LASTS_S, reason)
 
     def _fill_state(self, t_ns: int) -> bool:
         """Joint positions at t_ns, waiting for the tick after it if need be (frames can be ahead of the joints)."""
@@ -209,8 +218,8 @@ def prove_on_golden(bundle: Bundle, engine: Engine) -> float:
     error = float(np.abs(engine.infer() - expected).max())
     if not error <= GOLDEN_TOLERANCE:
         raise BundleError(
-            f"{bundle.path}: this machine's engine differs from the reference by {error:.3g} (bound {GOLDEN_TOLERANCE}) "
-            "on the bundle's golden inputs; export the bundle again or update the engine"
+            f"{bundle.path}: this machine's engine differs from the reference by {error:.3g} (bound "
+            f"{GOLDEN_TOLERANCE}) on the bundle's golden inputs; export the bundle again or update the engine"
         )
     return error
 

@@ -44,9 +44,8 @@ class RequestSocket:
             return
         try:
             request = json.loads(data)
-            if not isinstance(request, dict) or not isinstance(request.get("verb"), str):
-                raise ValueError("a request is a JSON object with a verb")
-            answer = self._handler(request)
+            known = isinstance(request, dict) and isinstance(request.get("verb"), str)
+            answer = self._handler(request) if known else {"ok": False, "why": "a request is a JSON object with a verb"}
         except ValueError as error:
             answer = {"ok": False, "why": str(error)}
         # Who asked and did not wait for the answer must not disturb the loop.

@@ -54,14 +54,11 @@ class Processes:
         return {name: code for name, child in self.children.items() if (code := child.poll()) is not None}
 
     def stop(self, timeout_s: float = 5.0) -> None:
-        """Ask all children to end, the last started first; kill what does not."""
+        """Ask the children to end, one after the other, the last started first; kill what does not."""
         for child in reversed(self.children.values()):
-            if child.poll() is None:
-                child.send_signal(signal.SIGTERM)
-        deadline = time.monotonic() + timeout_s
-        for child in self.children.values():
+            child.send_signal(signal.SIGTERM)
             try:
-                child.wait(max(0.0, deadline - time.monotonic()))
+                child.wait(timeout_s)
             except subprocess.TimeoutExpired:
                 child.kill()
                 child.wait()

@@ -24,10 +24,11 @@ from device.topic import TopicReader, topic_path
 
 os.environ.setdefault("MUJOCO_GL", "egl")  # before mujoco is imported: no display in a cell
 
-from device.virtual_world import CAMERAS, VirtualWorld  # noqa: E402
+from device.virtual_world import CAMERAS, VirtualWorld
 
 JPEG_QUALITY = 90
 _WORLD_IS_GONE_NS = 500_000_000
+_START_S = 10.0
 
 
 def open_source(cell: LoadedCell, camera: str, runtime: Path) -> VirtualCamera:
@@ -50,6 +51,7 @@ class VirtualCamera:
         self._period_ns = round(1e9 / fps)
         self._topic = TopicReader(topic_path(runtime, "world"))
         self._sequence = 0
+        self._topic.wait(_START_S, 0)  # the world and its cameras are started together
         self._newest_record()
         self._world = VirtualWorld(image_hw=image_hw)
         self._world.render(name)  # the first picture compiles shaders

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from device import realtime
 from device.config import LoadedCell, WorldConfig
 from device.log import event
 from device.messages import TOPICS, world_dtype
@@ -33,6 +34,7 @@ TIMESTEP_S = 0.002
 _PUBLISH_EVERY = 2  # steps: the cameras see states at most 4 ms old
 _PROGRESS_EVERY = 10  # steps
 _LONGEST_CATCH_UP_S = 0.1
+EMULATED_HARDWARE_PRIORITY = 40
 
 Floats = NDArray[np.float64]
 
@@ -64,6 +66,7 @@ class LockstepCell:
         self.bank = ServoBank(cell.servo_ids, WorldPlant(self.world), encoder_offset_raw=offsets)
         for servo, joint in zip(cell.servo_ids, cell.calibration, strict=True):
             calibrate(self.bank, servo, joint.homing_offset, joint.range_min, joint.range_max)
+            self.bank.write_register(servo, "Torque_Enable", 1)  # an arm that was left holding
 
     def step(self) -> None:
         """Advance by TIMESTEP_S."""
@@ -88,7 +91,7 @@ class WorldRole:
         self._lockstep = LockstepCell(cell, settings.seed)
         self._world = self._lockstep.world
         self._servos = VirtualServos(self._lockstep.bank)
-        self._servos.link(runtime / "servos")
+        self._port = runtime / "servos"
         state_size = len(self._world.state())
         self._topic = TopicWriter(topic_path(runtime, "world"), world_dtype(state_size), TOPICS["world"].slots)
         self._requests = RequestSocket(runtime, "world", self._on_request)
@@ -101,6 +104,10 @@ class WorldRole:
         self.skipped_s = 0.0
 
     def run(self, stop: Callable[[], bool]) -> None:
+        # Emulated hardware does not wait for a core, where the system allows that; it stays below the control loop.
+        for refusal in realtime.prepare(EMULATED_HARDWARE_PRIORITY, None):
+            event(logger, "realtime.refused", reason=refusal)
+        self._servos.link(self._port)  # from here on the bus answers
         event(logger, "world.ready", servos=self._servos.path, seed=self._seed)
         step_ns = round(TIMESTEP_S * 1e9)
         due_ns = time.monotonic_ns()

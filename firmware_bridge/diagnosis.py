@@ -8,6 +8,7 @@ the SDK keeps a core busy while it waits; the two must not use a port at the sam
 
 import contextlib
 import fcntl
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ from firmware_bridge.registers import Register
 from firmware_bridge.serial_port import PortUnavailable, close_port, open_port
 
 # The maker's order is by speed; servos of an arm are nearly always at the first.
+LATE_REPLY_S = 0.05
 SCAN_BAUDRATES = registers.BAUDRATES
 
 
@@ -176,5 +178,8 @@ class ServoTool:
 
     def _check(self, result: Any, servo_id: int, doing: str) -> None:
         if result != scservo_sdk.COMM_SUCCESS:
+            # Replies carry no number: one that comes late would be taken for the answer to the next question.
+            time.sleep(LATE_REPLY_S)
+            self._handler.ser.reset_input_buffer()
             reason = self._packets.getTxRxResult(result).split("] ", 1)[-1]
             raise ServoSilentError(f"{self.port}: servo {servo_id} at {self.baudrate} baud, {doing}: {reason}")

@@ -10,34 +10,34 @@ from device.modes import Circumstances, next_mode
 READY = Circumstances(has_policy=True, has_leader=True, fault_persists=False)
 BARE = Circumstances(has_policy=False, has_leader=False, fault_persists=False)
 BROKEN = Circumstances(has_policy=True, has_leader=True, fault_persists=True)
-I, T, P, L, F = Mode.IDLE, Mode.TELEOP, Mode.POLICY, Mode.LIMP, Mode.FAULT
+IDLE, T, P, L, F = Mode.IDLE, Mode.TELEOP, Mode.POLICY, Mode.LIMP, Mode.FAULT
 
 
 @pytest.mark.parametrize(
     ("mode", "request_", "now", "after", "refused"),
     [
-        (I, "policy", READY, P, None),
-        (I, "teleop", READY, T, None),
-        (I, "limp", READY, L, None),
-        (I, "idle", READY, I, None),
-        (I, "reset", READY, I, None),
-        (I, "policy", BARE, I, "no policy"),
-        (I, "teleop", BARE, I, "no leader"),
-        (I, "dance", READY, I, "not a mode"),
-        (P, "idle", READY, I, None),
+        (IDLE, "policy", READY, P, None),
+        (IDLE, "teleop", READY, T, None),
+        (IDLE, "limp", READY, L, None),
+        (IDLE, "idle", READY, IDLE, None),
+        (IDLE, "reset", READY, IDLE, None),
+        (IDLE, "policy", BARE, IDLE, "no policy"),
+        (IDLE, "teleop", BARE, IDLE, "no leader"),
+        (IDLE, "dance", READY, IDLE, "not a mode"),
+        (P, "idle", READY, IDLE, None),
         (P, "teleop", READY, T, None),
         (P, "limp", READY, L, None),
         (P, "policy", READY, P, None),
         (T, "policy", READY, P, None),
-        (T, "idle", READY, I, None),
+        (T, "idle", READY, IDLE, None),
         (L, "policy", READY, L, "request idle first"),
         (L, "teleop", READY, L, "request idle first"),
-        (L, "idle", READY, I, None),
+        (L, "idle", READY, IDLE, None),
         (L, "limp", READY, L, None),
         (F, "policy", READY, F, "in fault"),
         (F, "idle", READY, F, "in fault"),
         (F, "limp", READY, F, "in fault"),
-        (F, "reset", READY, I, None),
+        (F, "reset", READY, IDLE, None),
         (F, "reset", BROKEN, F, "still so"),
     ],
 )

@@ -1,0 +1,174 @@
+"""What the arm does in each tick, with plain values and injected times: no bus, no clock."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from device.config import VIRTUAL_CELL, load_cell
+from device.controller import Controller
+from device.ensemble import ChunkEnsemble
+from device.messages import Mode, joints_dtype
+
+PERIOD = round(1e9 / 60)
+DT = round(1e9 / 30)
+STALENESS = 300_000_000
+HOME = np.array([0.0, -35.0, 20.0, 85.0, 0.0, 18.0])
+
+
+def make(with_policy: bool = True) -> Controller:
+    ensemble = ChunkEnsemble(6, 30, staleness_ns=STALENESS) if with_policy else None
+    controller = Controller(load_cell(VIRTUAL_CELL), ensemble)
+    controller.guard.rest_at(HOME)
+    return controller
+
+
+def reading(position: np.ndarray = HOME) -> Any:
+    record = np.zeros((), joints_dtype(6))
+    record["position"] = position
+    record["voltage_v"] = 7.4
+    record["temperature_c"] = 30
+    record["valid"] = 1
+    return record
+
+
+def feed(controller: Controller, t_ns: int, actions: np.ndarray) -> None:
+    assert controller.ensemble is not None
+    assert controller.ensemble.add(t_ns, t_ns, DT, actions)
+
+
+def ask(controller: Controller, verb: str, t_ns: int = 0, **fields: Any) -> dict[str, Any]:
+    return controller.request({"verb": verb, **fields}, t_ns)
+
+
+def ramp(start: np.ndarray, speed: float) -> np.ndarray:
+    """A chunk that moves shoulder_pan at `speed` deg/s."""
+    actions = np.tile(start, (30, 1))
+    actions[:, 0] += speed * np.arange(30) / 30
+    return actions
+
+
+def test_at_start_the_arm_is_idle_and_holds() -> None:
+    controller = make()
+    for tick in range(10):
+        decision = controller.step(tick * PERIOD)
+        np.testing.assert_allclose(decision.goal, HOME)
+        assert decision.holding
+
+
+def test_in_policy_mode_it_follows_the_chunks() -> None:
+    controller = make()
+    assert ask(controller, "mode", mode="policy")["ok"]
+    feed(controller, 0, ramp(HOME, 10.0))
+    for tick in range(15):
+        decision = controller.step(tick * PERIOD)
+    assert not decision.holding
+    assert decision.goal is not None and decision.goal[0] == pytest.approx(10.0 * 14 / 60, abs=0.02)
+
+
+def test_when_chunks_stop_it_decelerates_and_holds_within_a_tick_of_the_limit_and_goes_on_when_they_return() -> None:
+    controller = make()
+    ask(controller, "mode", mode="policy")
+    feed(controller, 0, ramp(HOME, 60.0))
+    goals, holding = [], []
+    for tick in range(40):
+        decision = controller.step(tick * PERIOD)
+        assert decision.goal is not None
+        goals.append(decision.goal[0])
+        holding.append(decision.holding)
+    first = holding.index(True)
+    assert first * PERIOD - STALENESS <= PERIOD
+    assert all(holding[first:])
+    steps = np.diff(goals)
+    limit = 900 * (1 / 60) ** 2  # deg a tick, a tick: the joint's acceleration
+    assert np.abs(np.diff(steps)[first - 2 :]).max() <= limit + 1e-9, "no harder than the joint may brake"
+    assert abs(steps[-1]) < 1e-9, "and then it stands"
+    assert controller.holds == 1
+    feed(controller, 40 * PERIOD, np.tile(np.array(goals[-1:] + list(HOME[1:])), (30, 1)))
+    assert not controller.step(40 * PERIOD).holding
+
+
+def test_leaving_and_entering_policy_mode_forgets_old_chunks() -> None:
+    controller = make()
+    ask(controller, "mode", mode="policy")
+    feed(controller, 0, ramp(HOME, 10.0))
+    ask(controller, "mode", mode="idle")
+    ask(controller, "mode", mode="policy")
+    assert controller.step(PERIOD).holding
+
+
+def test_without_a_policy_the_mode_is_refused() -> None:
+    answer = ask(make(with_policy=False), "mode", mode="policy")
+    assert not answer["ok"] and "no policy" in answer["why"]
+
+
+def test_home_moves_smoothly_and_ends_there() -> None:
+    controller = make()
+    controller.guard.rest_at(HOME + 30.0)
+    answer = ask(controller, "home")
+    ticks = int(answer["seconds"] * 60) + 5
+    goals = np.array([controller.step(tick * PERIOD).goal for tick in range(ticks)])
+    np.testing.assert_allclose(goals[-1][:5], HOME[:5], atol=1e-6)
+    assert np.abs(np.diff(goals[:, :5], axis=0)).max() * 60 < 150
+
+
+@pytest.mark.parametrize("joints", [{"claw": 1.0}, {"gripper": "open"}, {"gripper": float("nan")}])
+def test_a_move_to_nowhere_is_refused(joints: dict[str, Any]) -> None:
+    answer = ask(make(), "move", joints=joints)
+    assert not answer["ok"] and "is not a joint's position" in answer["why"]
+
+
+def test_moves_are_refused_while_the_policy_runs() -> None:
+    controller = make()
+    ask(controller, "mode", mode="policy")
+    assert "need mode idle" in ask(controller, "home")["why"]
+
+
+def test_an_unknown_request_is_refused() -> None:
+    assert "is not a request" in ask(make(), "dance")["why"]
+
+
+def test_a_limp_arm_gets_no_goals_and_holds_where_it_was_put() -> None:
+    controller = make()
+    ask(controller, "mode", mode="limp")
+    assert controller.step(0).goal is None
+    elsewhere = HOME + 12.0
+    controller.observe(0, reading(elsewhere))
+    ask(controller, "mode", mode="idle")
+    np.testing.assert_allclose(controller.step(PERIOD).goal, elsewhere)
+
+
+def test_a_silent_servo_leads_to_fault_and_only_a_reset_leads_out() -> None:
+    controller = make()
+    ask(controller, "mode", mode="policy")
+    silent = reading()
+    silent["valid"][2] = 0
+    for tick in range(40):
+        controller.observe(tick * PERIOD, silent)
+    assert controller.mode is Mode.FAULT
+    assert controller.fault == "elbow_flex: no answer for 0.5 s: check its cable"
+    assert controller.step(40 * PERIOD).holding
+    assert "in fault" in ask(controller, "mode", mode="policy")["why"]
+    assert "still so" in ask(controller, "mode", mode="reset")["why"]
+    controller.observe(41 * PERIOD, reading())
+    assert ask(controller, "mode", mode="reset")["ok"]
+    assert (controller.mode, controller.fault) == (Mode.IDLE, None)
+
+
+def test_a_blocked_arm_lets_go_of_its_goal() -> None:
+    controller = make()
+    controller.guard.rest_at(HOME + 50.0)
+    for tick in range(60):
+        controller.observe(tick * PERIOD, reading())
+    assert controller.mode is Mode.FAULT
+    np.testing.assert_allclose(controller.step(61 * PERIOD).goal, HOME)
+
+
+def test_a_lost_bus_is_a_fault_that_persists_until_it_is_back() -> None:
+    controller = make()
+    controller.enter_fault("the servo bus is gone")
+    assert "still so" in ask(controller, "mode", mode="reset")["why"]
+    controller.bus_is_back(HOME)
+    assert ask(controller, "mode", mode="reset")["ok"]
