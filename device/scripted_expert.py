@@ -79,7 +79,7 @@ class Kinematics:
             q = np.clip(q + np.clip(change, -0.3, 0.3), low, high)
             if np.abs(change).max() < 1e-5:
                 break
-        return q
+        return np.asarray(q)
 
 
 def _damped(jac: FloatArray, error: FloatArray) -> FloatArray:

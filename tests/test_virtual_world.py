@@ -69,6 +69,19 @@ def test_the_seed_places_the_cube_and_places_differ() -> None:
     assert np.all(np.ptp(places, axis=0) > 0.9 * (high - low))
 
 
+def test_scattering_moves_the_cube_and_nothing_else() -> None:
+    world, fresh = VirtualWorld(), VirtualWorld()
+    world.reset(1)
+    fresh.reset(42)
+    for _ in range(50):
+        world.step(HOME_RAD + 0.1, ON)
+    time_s, arm = world.time_s, world.position_rad
+    world.scatter(42)
+    assert np.array_equal(world.cube_position_m, fresh.cube_position_m)
+    assert np.array_equal(world.position_rad, arm)
+    assert world.time_s == time_s
+
+
 def test_units_are_degrees_and_hundredths_of_the_grippers_way() -> None:
     units = units_from_rad(JOINT_RANGE_RAD.T)
     assert units[:, :5] == pytest.approx(np.degrees(JOINT_RANGE_RAD.T[:, :5]))

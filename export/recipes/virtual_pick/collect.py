@@ -69,7 +69,7 @@ class Disturbance:
         scale = self._scale * (NOISE_NEAR_CUBE if near_cube else 1.0)
         kick = self._rng.normal(size=len(NOISE_UNITS)) * NOISE_UNITS * scale
         self._value = keep * self._value + np.sqrt(1 - keep**2) * kick
-        out = self._value.copy()
+        out: FloatArray = np.array(self._value)
         if self._drop_at_s < t_s < self._drop_at_s + 0.35:  # the hand opens for a moment, and the cube may fall
             out[GRIPPER] += 25.0
         return out
