@@ -78,23 +78,23 @@ class Cameras:
     def _newest(self, timeout_s: float) -> dict[str, Any] | None:
         """The newest frame of each camera once all are new, or some are and half a frame's time has passed since."""
         deadline = time.monotonic_ns() + round(timeout_s * 1e9)
-        first_new_ns: int | None = None
+        some_new = False
         while True:
             now = time.monotonic_ns()
             frames = {name: reader.latest() for name, reader in self._readers.items()}
-            missing = [name for name, frame in frames.items() if frame is None]
-            waiting = [n for n, f in frames.items() if f is None or int(f["t_ns"]) <= self._used[n]]
-            if not waiting:
+            old = [name for name, frame in frames.items() if frame is None or int(frame["t_ns"]) <= self._used[name]]
+            if not old:
                 return frames
-            if len(waiting) < len(frames) and not missing:
-                first_new_ns = first_new_ns or now
-                deadline = min(deadline, first_new_ns + self._pairing_ns)
+            complete = all(frame is not None for frame in frames.values())
+            if complete and not some_new and len(old) < len(frames):
+                some_new = True
+                deadline = min(deadline, now + self._pairing_ns)
             if now >= deadline:
-                if first_new_ns is not None:
+                if complete and some_new:
                     return frames
-                self.trouble = f"no new frame from {', '.join(waiting)}"
+                self.trouble = f"no new frame from {', '.join(old)}"
                 return None
-            reader = self._readers[waiting[0]]
+            reader = self._readers[old[0]]
             reader.wait(max((deadline - now) / 1e9, 1e-4), reader.cursor)
 
     def _objection(self, frames: dict[str, Any], newest: int, skew: int) -> str | None:
