@@ -35,6 +35,7 @@ REPLY_MARGIN_S = 0.005
 _BLOCKS = ((56, 15), (55, 16), (55, 17))
 
 _MAX_VMIN = 255
+_QUIET_WAITS = 2  # milliseconds without a byte after which a burst of replies is over (USB frames are 1 ms)
 _READ_SIZE = 4096
 
 Int32Array = npt.NDArray[np.int32]
@@ -145,8 +146,8 @@ class ServoBus:
         deadline_ns = state.t_request_ns + int(self.timeout_s * 1e9)
         # One wake-up in the good case. Where a byte is missing the kernel does not wake us, so this wait
         # ends when all should be there by the wire's speed; _read_piecewise has the rest of the time.
-        self._wait(min(int(self._wire_s * 1e3) + 2, int(self.timeout_s * 1e3) + 1))
-        data = self._read_available()
+        self._poll.poll(min(int(self._wire_s * 1e3) + 2, int(self.timeout_s * 1e3) + 1))
+        data = self._read_available(decoder.total_size)
         self.counters.reads += 1
         if not decoder.decode_whole(data, state):
             self._read_piecewise(decoder, data, deadline_ns)
@@ -202,24 +203,31 @@ class ServoBus:
 
     def _read_piecewise(self, decoder: "_BlockDecoder", data: bytes, deadline_ns: int) -> None:
         """The slow path: something is missing, damaged or in between. Take what is good."""
-        state, counters = self.state, self.counters
+        state = self.state
         state.valid[:] = False
         scanner = packets.StatusScanner(self.ids, decoder.size)
-        received = len(data)
-        damaged: set[int] = set()
+        received, quiet_waits = len(data), 0
         while True:
             for packet in scanner.feed(data):
                 decoder.decode_one(packet, state)
-            damaged = {self.ids.index(servo_id) for servo_id in scanner.damaged_ids}
-            waiting = self._still_awaited(damaged if received >= decoder.total_size else set())
-            if not waiting or time.monotonic_ns() >= deadline_ns:
+            # Where as many bytes have come as were asked for, the missing reply is among them, damaged.
+            complete = received >= decoder.total_size and quiet_waits >= _QUIET_WAITS
+            if complete or not self._still_awaited() or time.monotonic_ns() >= deadline_ns:
                 break
-            self._wait(1)
-            data = self._read_available()
+            self._poll.poll(1)
+            data = self._read_available(decoder.total_size)
             received += len(data)
-        counters.garbage_bytes += scanner.garbage_bytes + scanner.pending
+            quiet_waits = 0 if data else quiet_waits + 1
+        self.counters.garbage_bytes += scanner.garbage_bytes + scanner.pending
+        outstanding = self._count_missing({self.ids.index(servo_id) for servo_id in scanner.damaged_ids})
+        if outstanding or scanner.pending:
+            self._expect_block((self._block + 1) % len(_BLOCKS))
+
+    def _count_missing(self, damaged: set[int]) -> bool:
+        """Count the servos without a good reply; returns whether one of theirs may still be on its way."""
+        counters = self.counters
         outstanding = False
-        for index in np.flatnonzero(~state.valid).tolist():
+        for index in np.flatnonzero(~self.state.valid).tolist():
             if index in damaged:
                 counters.checksum_errors += 1
                 counters.checksum_errors_by_servo[index] += 1
@@ -227,35 +235,35 @@ class ServoBus:
                 counters.timeouts += 1
                 counters.timeouts_by_servo[index] += 1
                 outstanding = True
-        if outstanding or scanner.pending:
-            self._expect_block((self._block + 1) % len(_BLOCKS))
+        return outstanding
 
-    def _still_awaited(self, given_up: set[int]) -> bool:
+    def _still_awaited(self) -> bool:
         """Whether a reply may still come: servos answer in the order asked, so that all before the last good one
         have had their turn.
         """
-        answered = np.flatnonzero(self.state.valid)
-        turn = int(answered[-1]) + 1 if answered.size else 0
-        return any(index not in given_up for index in range(turn, len(self.ids)))
+        return not self.state.valid[-1]
 
-    def _wait(self, timeout_ms: int) -> None:
-        self._poll.poll(timeout_ms)  # errors and hang-ups show in the read that follows
-
-    def _read_available(self) -> bytes:
-        try:
-            data = os.read(self._descriptor, _READ_SIZE)
-        except BlockingIOError:
-            return b""
-        except OSError as error:
-            raise self._lost(error) from error
-        if not data:  # end of file: VMIN is at least 1, so this is no empty read
-            raise self._lost(OSError(errno.EIO, "end of file"))
-        self.state.t_ns = time.monotonic_ns()
+    def _read_available(self, size: int) -> bytes:
+        """What has arrived; `size` is how much may be expected. Empty if nothing has."""
+        data = b""
+        while len(data) < size:
+            try:
+                # The kernel hands over at most 64 bytes at a time while fewer than VMIN are asked of it.
+                more = os.read(self._descriptor, _READ_SIZE)
+            except BlockingIOError:
+                break
+            except OSError as error:
+                raise self._lost(error) from error
+            if not more:  # end of file: VMIN is at least 1, so this is no empty read
+                raise self._lost(OSError(errno.EIO, "end of file"))
+            data += more
+        if data:
+            self.state.t_ns = time.monotonic_ns()
         return data
 
     def _discard_input(self) -> None:
         """Late bytes of an earlier transaction and noise are not for this one."""
-        self.counters.garbage_bytes += len(self._read_available())
+        self.counters.garbage_bytes += len(self._read_available(_READ_SIZE))
 
     def _send(self, packet: bytes | bytearray) -> None:
         try:

@@ -8,6 +8,7 @@ Times count from the moment the script is loaded. The same seed and the same tra
 
 import json
 import random
+import threading
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
@@ -94,9 +95,13 @@ def load_faults(path: Path) -> list[Fault]:
 
 
 class FaultPlan:
-    """The faults in force, and the dice. Times are seconds of the caller's clock."""
+    """The faults in force, and the dice. Times are seconds of the caller's clock.
+
+    Faults may be added and cleared from another thread than the one that serves.
+    """
 
     def __init__(self, seed: int = 0) -> None:
+        self._lock = threading.Lock()
         self._random = random.Random(seed)
         self.struck: Counter[tuple[str, int]] = Counter()  # how often, by kind and servo id
         self._active: list[tuple[float, float, Fault]] = []  # start, end, fault
@@ -104,17 +109,20 @@ class FaultPlan:
     def add(self, fault: Fault, now_s: float) -> None:
         start = now_s + fault.at_s
         end = float("inf") if fault.for_s is None else start + fault.for_s
-        self._active.append((start, end, fault))
+        with self._lock:
+            self._active.append((start, end, fault))
 
     def clear(self) -> None:
-        self._active.clear()
+        with self._lock:
+            self._active = []
 
     def __bool__(self) -> bool:
         return bool(self._active)
 
     def expire(self, now_s: float) -> None:
         """Forget faults that are over."""
-        self._active = [entry for entry in self._active if entry[1] > now_s]
+        with self._lock:
+            self._active = [entry for entry in self._active if entry[1] > now_s]
 
     def deaf(self, ids: list[int], now_s: float) -> set[int]:
         """Places in `ids` of the servos that do not hear the present request."""
@@ -129,8 +137,9 @@ class FaultPlan:
 
     def due_reboots(self, ids: list[int], now_s: float) -> list[int]:
         """Places in `ids` of the servos whose power is cut now; each reboot is returned once."""
-        due = [entry for entry in self._active if entry[2].kind == "reboot" and entry[0] <= now_s]
-        self._active = [entry for entry in self._active if entry not in due]
+        with self._lock:
+            due = [entry for entry in self._active if entry[2].kind == "reboot" and entry[0] <= now_s]
+            self._active = [entry for entry in self._active if entry not in due]
         return [place for place, servo_id in enumerate(ids) if any(fault.concerns(servo_id) for *_, fault in due)]
 
     def spoil(self, servo_id: int, reply: bytes, now_s: float) -> tuple[bytes, float]:

@@ -60,6 +60,7 @@ class VirtualServos:
         self._fault_file: Path | None = None
         self._fault_file_seen: tuple[int, int] | None = None
         self._fault_file_due_s = 0.0
+        self._errors_forced = False
         self._running = True
         for fault in faults:
             self.add_fault(fault)
@@ -69,14 +70,13 @@ class VirtualServos:
         return self._master
 
     def add_fault(self, fault: Fault | dict[str, Any]) -> None:
-        """Put a fault in force; its `at_s` counts from now."""
+        """Put a fault in force; its `at_s` counts from now. Safe from another thread, like `clear_faults`."""
         entry = parse_faults([fault])[0] if isinstance(fault, dict) else fault
         self.faults.add(entry, time.monotonic())
 
     def clear_faults(self) -> None:
         """End all faults."""
         self.faults.clear()
-        self.bank.forced_error[:] = 0
 
     def follow_fault_file(self, path: Path) -> None:
         """Take the faults from a script file, again whenever it changes. ValueError if it is wrong now."""
@@ -175,7 +175,11 @@ class VirtualServos:
             self._fault_file_due_s = now_s + _FAULT_FILE_PERIOD_S
             self._read_fault_file(self._fault_file, now_s)
         if not self.faults:
+            if self._errors_forced:
+                self.bank.forced_error[:] = 0
+                self._errors_forced = False
             return
+        self._errors_forced = True
         ids = self.bank.ids
         for place in self.faults.due_reboots(ids, now_s):
             self.bank.reboot_at(place)

@@ -394,17 +394,12 @@ def test_the_rest_of_a_torn_request_does_not_swallow_the_next() -> None:
 
 
 def test_bytes_take_their_time_on_the_wire() -> None:
-    """Counted in the server's own time table, since a test does not measure."""
     servos = VirtualServos(ServoBank([1, 2]))
     port = open_port(servos.path, 1_000_000)
-    os.write(port, packets.sync_read((1, 2), 56, 15))
-    select.select([servos], [], [], 5)
-    before = time.monotonic()
-    servos.serve_once()
-    assert servos.due_in_s() is not None
-    (first, _), (second, _) = list(servos._outgoing)
-    assert first - before > (10 + 21) * 10e-6
-    assert second - first == pytest.approx(21 * 10e-6)
+    request = packets.sync_read((1, 2), 56, 15)
+    servos._receive(request, 1000.0)  # as if read at that time; a test does not measure
+    arrivals = [due_s - 1000.0 for due_s, _ in servos._outgoing]
+    assert arrivals == pytest.approx([(len(request) + 21) * 10e-6, (len(request) + 42) * 10e-6])
     close_port(port)
     servos.stop()
 
@@ -537,7 +532,9 @@ def test_serve_prints_the_path_and_stops_on_sigterm(tmp_path: Path) -> None:
     path = process.stdout.readline().strip()
     assert os.readlink(link) == path  # noqa: PTH115 - compared as text
     with ServoTool(str(link)) as tool:
-        assert tool.ping(2) == 777
+        deadline = time.monotonic() + 30
+        while tool.ping(2) != 777:  # on a busy machine the SDK may give up before the process is scheduled
+            assert time.monotonic() < deadline
     process.send_signal(signal.SIGTERM)
     assert process.wait() == 0
     assert not link.is_symlink()
