@@ -1,0 +1,176 @@
+"""One ACT chunk on the CPU: our ONNX in onnxruntime, our PyTorch forward, and LeRobot's own policy, in the same run.
+
+`python -m tests.bench.bench_act` prints the tables; `run()` returns the figures. LeRobot takes part where
+UNDERSTUDY_LEROBOT_PYTHON names an interpreter that has it (0.4.4). Each way has a process of its own with the same two
+threads, the same checkpoint (made from the tests' recipe, in LeRobot's layout) and the same observation; they infer in
+turns, a few at a time, so that whatever else the machine does hits all of them. The least time of all turns is what the
+way costs where nothing interferes; processor time is the sum over threads and does not depend on what interferes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from fixtures.checkpoint_files import write_checkpoint  # noqa: E402
+from fixtures.recipe import VARIANTS, observation  # noqa: E402
+
+from device.arrays import dump_arrays  # noqa: E402 - after the path
+from export.command import export_checkpoint  # noqa: E402
+
+THREADS = 2
+TURNS, PER_TURN = 5, 4
+
+
+def config(height: int, width: int, **sizes: Any) -> dict[str, Any]:
+    """config.json of a two-camera policy: LeRobot's defaults but for `sizes`."""
+    found = dict(VARIANTS["plain"])
+    defaults = {"dim_model": 512, "n_heads": 8, "dim_feedforward": 3200, "chunk_size": 100, "n_encoder_layers": 4}
+    features = {"observation.state": {"type": "STATE", "shape": [6]}}
+    for camera in ("front", "wrist"):
+        features[f"observation.images.{camera}"] = {"type": "VISUAL", "shape": [3, height, width]}
+    more = {"n_vae_encoder_layers": 4, "latent_dim": 32, "n_action_steps": 1, "input_features": features}
+    return found | defaults | more | sizes
+
+
+CASES = {
+    "2 x 640x480, LeRobot's default sizes": config(480, 640),
+    "2 x 96x96, the demo's sizes": config(96, 96, dim_model=256, n_heads=8, dim_feedforward=1024, chunk_size=30),
+}
+
+
+def run(turns: int = TURNS) -> dict[str, Any]:
+    """Figures by case: export (seconds, processor seconds, nodes, MB, max_error) and ways -> latency (ms), memory (MB)."""
+    figures: dict[str, Any] = {"load_average": os.getloadavg()[0], "cores": os.cpu_count(), "threads": THREADS}
+    for name, document in CASES.items():
+        with tempfile.TemporaryDirectory() as folder:
+            figures[name] = _case(Path(folder), document, turns)
+    return figures
+
+
+def _case(folder: Path, document: dict[str, Any], turns: int) -> dict[str, Any]:
+    checkpoint = write_checkpoint(folder / "checkpoint", document)
+    (folder / "observation.npz").write_bytes(dump_arrays(observation(document["input_features"])))
+    started = time.process_time()
+    report = export_checkpoint(checkpoint, folder / "bundle")
+    exported = {
+        "seconds": report.seconds,
+        "cpu_seconds": time.process_time() - started,
+        "nodes": report.nodes,
+        "mb": (folder / "bundle" / "policy.onnx").stat().st_size / 1e6,
+        "max_error": report.max_error,
+    }
+    workers = {
+        "engine": _Worker(sys.executable, "engine", folder / "bundle", folder),
+        "torch": _Worker(sys.executable, "torch", checkpoint, folder),
+    }
+    if named := os.environ.get("UNDERSTUDY_LEROBOT_PYTHON"):
+        workers["lerobot"] = _Worker(named, "lerobot", checkpoint, folder)
+    try:
+        for _ in range(turns):
+            for worker in workers.values():
+                worker.infer(PER_TURN)
+        reference = workers.get("lerobot", workers["torch"]).actions
+        ways = {way: worker.figures(reference) for way, worker in workers.items()}
+    finally:
+        for worker in workers.values():
+            worker.close()
+    return {"export": exported, "ways": ways, "reference": "lerobot" if "lerobot" in workers else "torch"}
+
+
+class _Worker:
+    """A process that infers when told to (act_worker.py)."""
+
+    def __init__(self, python: str, way: str, policy: Path, folder: Path) -> None:
+        worker = Path(__file__).with_name("act_worker.py")
+        command = [python, str(worker), way, str(policy), str(folder / "observation.npz"), str(THREADS)]
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+        if way != "lerobot":
+            environment["PYTHONPATH"] = str(ROOT)
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env=environment,
+        )
+        self._answers: list[dict[str, Any]] = []
+        ready = self._read()
+        self.actions = np.array(ready["actions"])
+        self._load_s = ready["load_s"]
+
+    def infer(self, count: int) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{count}\n")
+        self._process.stdin.flush()
+        self._answers.append(self._read())
+
+    def figures(self, reference: np.ndarray) -> dict[str, float]:
+        walls = [wall for answer in self._answers for wall in answer["ms"]]
+        return {
+            "min_ms": min(walls),
+            "median_ms": statistics.median(walls),
+            "cpu_ms": statistics.median(answer["cpu_ms"] for answer in self._answers),
+            "peak_mb": self._answers[-1]["peak_mb"],
+            "load_s": self._load_s,
+            "difference": float(np.abs(self.actions - reference).max()),
+        }
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    def _read(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith("{"):
+                answer: dict[str, Any] = json.loads(line)
+                return answer
+        raise RuntimeError(f"{' '.join(map(str, self._process.args))} ended without an answer")
+
+
+def tables(figures: dict[str, Any]) -> list[Table]:
+    """The figures as a person reads them, one table a case."""
+    titles = {"engine": "Understudy (onnxruntime)", "torch": "our PyTorch forward", "lerobot": "LeRobot, eager"}
+    made = []
+    for name in CASES:
+        case = figures[name]
+        exported = case["export"]
+        caption = (
+            f"{figures['threads']} threads, load average {figures['load_average']:.1f} on {figures['cores']} cores; "
+            f"export {exported['seconds']:.1f} s ({exported['cpu_seconds']:.1f} s of processor time), "
+            f"{exported['nodes']} nodes, {exported['mb']:.0f} MB"
+        )
+        table = Table(
+            "way", "least ms", "median ms", "processor ms", "peak MB", "load s", f"off {case['reference']} by",
+            title=name, caption=caption,
+        )  # fmt: skip
+        for way, row in case["ways"].items():
+            cells = [f"{row[key]:.0f}" for key in ("min_ms", "median_ms", "cpu_ms", "peak_mb")]
+            table.add_row(titles[way], *cells, f"{row['load_s']:.1f}", f"{row['difference']:.1e}")
+        made.append(table)
+    return made
+
+
+def main() -> None:
+    for table in tables(run()):
+        Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
