@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CONSTRAINTS := constraints.txt
 
-.PHONY: setup demo test lint types bench vm-test clean help
+.PHONY: setup demo test lint types bench lerobot vm-test clean help
 
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
@@ -31,6 +31,10 @@ lint: $(VENV)/.test
 ## make bench      the benchmark tables of docs/benchmarks.md
 bench: $(VENV)/.test
 	$(BIN)/python -m tests.bench
+
+## make lerobot    the real LeRobot in an environment of its own (3 GB), for the tests that compare with it
+lerobot:
+	sh tests/lerobot_env.sh
 
 ## make vm-test    cameras and servo bus under real drivers, in a virtual machine (root)
 vm-test: $(VENV)/.test

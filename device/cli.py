@@ -100,14 +100,14 @@ def run(
     if role is None:
         from device.run import run_all
 
-        raise typer.Exit(run_all(loaded, runtime_directory()))
+        raise typer.Exit(run_all(loaded, runtime_directory(loaded)))
     if role not in ROLES:
         raise UnderstudyError(f"{role!r} is no role; roles are {', '.join(ROLES)}")
     if ROLES[role].per_camera and camera not in loaded.cell.cameras:
         have = ", ".join(loaded.cell.cameras) or "none"
         raise UnderstudyError(f"run {role} needs --camera, one of this cell's: {have}")
     options = {"delay_s": inference_delay_ms / 1e3} if role == "predict" else {}
-    run_role(ROLES[role], loaded, camera, runtime_directory(), **options)
+    run_role(ROLES[role], loaded, camera, runtime_directory(loaded), **options)
 
 
 @app.command()
@@ -233,29 +233,31 @@ def bundle_run(
 
 @ctl_app.command("mode")
 def ctl_mode(
-    mode: Annotated[str, typer.Argument(help="idle, policy, teleop, limp or reset.")], as_json: JsonOption = False
+    mode: Annotated[str, typer.Argument(help="idle, policy, teleop, limp or reset.")],
+    cell: CellOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Ask execute for a mode."""
-    _ask("mode", as_json, mode=mode)
+    _ask(cell, as_json, "mode", mode=mode)
 
 
 @ctl_app.command("home")
-def ctl_home(as_json: JsonOption = False) -> None:
+def ctl_home(cell: CellOption = None, as_json: JsonOption = False) -> None:
     """Move to the cell's home position (mode idle)."""
-    _ask("home", as_json)
+    _ask(cell, as_json, "home")
 
 
 @ctl_app.command("status")
-def ctl_status(as_json: JsonOption = False) -> None:
+def ctl_status(cell: CellOption = None, as_json: JsonOption = False) -> None:
     """What the arm is doing."""
-    _ask("status", as_json)
+    _ask(cell, as_json, "status")
 
 
-def _ask(verb: str, as_json: bool, **fields: Any) -> None:
+def _ask(cell: Path | None, as_json: bool, verb: str, **fields: Any) -> None:
     from device.config import runtime_directory
     from device.request_socket import ask
 
-    answer = ask(runtime_directory(), "execute", verb, **fields)
+    answer = ask(runtime_directory(_load_cell(cell)), "execute", verb, **fields)
     if as_json:
         print(json.dumps(answer))
         return

@@ -218,9 +218,9 @@ def _with_calibration(cell: Cell, path: Path) -> LoadedCell:
     return loaded
 
 
-def runtime_directory() -> Path:
-    """Where topics and sockets live: systemd's $RUNTIME_DIRECTORY, else a directory of the user's own on a tmpfs."""
+def runtime_directory(cell: LoadedCell) -> Path:
+    """Where a cell's topics and sockets live: systemd's $RUNTIME_DIRECTORY, else a folder of its own on a tmpfs."""
     if given := os.environ.get("RUNTIME_DIRECTORY"):
         return Path(given.split(":")[0])
     base = Path(os.environ.get("XDG_RUNTIME_DIR", f"/dev/shm/user-{os.getuid()}"))
-    return base / "understudy"
+    return base / "understudy" / cell.cell.name

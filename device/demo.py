@@ -240,7 +240,7 @@ class _Demo:
         late, at, between = figures.lateness_us, figures.boundary_step_deg_max, figures.inner_step_deg_max
         self._console.print(
             f"{figures.ticks} ticks, {figures.ticks_missed} missed; late by {late['p50']:.0f} us (median), "
-            f"{late['p999']:.0f} us (p99.9). Largest goal step {at:.2f} deg at chunk boundaries, {between:.2f} elsewhere."
+            f"{late['p999']:.0f} us (p99.9). Largest goal step {at:.2f} deg at chunk boundaries, {between:.2f} not."
         )
         self._console.print(f"Pictures and figures: {self._options.report}/")
 

@@ -5,9 +5,12 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
+
+OWN_ENVIRONMENT = Path(__file__).parent.parent / ".venv-lerobot"
 
 
 def lerobot_python() -> str:
@@ -15,8 +18,10 @@ def lerobot_python() -> str:
     named = os.environ.get("UNDERSTUDY_LEROBOT_PYTHON")
     if named:
         return named
+    if (OWN_ENVIRONMENT / ".ready").exists():
+        return str(OWN_ENVIRONMENT / "bin" / "python")
     if importlib.util.find_spec("lerobot") is None:
-        pytest.skip("LeRobot is not installed here; name an interpreter that has it in UNDERSTUDY_LEROBOT_PYTHON")
+        pytest.skip("LeRobot is not here: run `make lerobot`, or name its interpreter in UNDERSTUDY_LEROBOT_PYTHON")
     return sys.executable
 
 

@@ -85,4 +85,12 @@ def test_the_command_exits_with_1_and_one_line_for_a_wrong_cell(cell_file: Path)
 
 def test_topics_live_in_systemds_runtime_directory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RUNTIME_DIRECTORY", "/run/understudy:/run/other")
-    assert runtime_directory() == Path("/run/understudy")
+    assert runtime_directory(load_cell(VIRTUAL_CELL)) == Path("/run/understudy")
+
+
+def test_on_a_bench_every_cell_has_a_runtime_directory_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("RUNTIME_DIRECTORY", raising=False)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    assert runtime_directory(load_cell(VIRTUAL_CELL)) == tmp_path / "understudy" / "virtual"
