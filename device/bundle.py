@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -231,7 +232,7 @@ def _stays_inside(name: str) -> bool:
 
 def _check_file(root: Path, name: str, expected: str) -> None:
     file = root / name
-    if not file.resolve().is_relative_to(root.resolve()):
+    if not Path(os.path.realpath(file)).is_relative_to(os.path.realpath(root)):
         raise BundleError(f"{file} is a link that points outside the bundle; export or download the bundle again")
     if not file.is_file():
         raise BundleError(f"{file} is missing; export or download the bundle again")

@@ -81,7 +81,7 @@ def export_checkpoint(
     handoff: Method | None = None,
     ensemble_m: float | None = None,
     two_state_joints: Sequence[str] = (),
-    weights: Weights = Weights.fp32,
+    weights: Weights | Literal["fp32", "fp16"] = Weights.fp32,
     observation: Path | None = None,
     allow_unnormalized: Iterable[str] = (),
     overwrite: bool = False,
@@ -95,6 +95,7 @@ def export_checkpoint(
     Raises ExportError (or BundleError for a bad `observation`); `out` is then as it was.
     """
     started = time.perf_counter()
+    weights = Weights(weights)
     say = progress or (lambda step: None)
     refuse_occupied(out, overwrite)
     say("reading the checkpoint")
@@ -106,7 +107,7 @@ def export_checkpoint(
         joints=name_joints(joints, policy.config.action_size, units),
         rate_hz=rate_hz,
         dataset=dataset,
-        handoff=_handoff(policy, handoff, ensemble_m),
+        handoff=(handoff or "ensemble", ensemble_m),
         two_state_joints=two_state_joints,
     )
     check_units(manifest.joints, _joint_statistics(source, manifest), str(source.path))
@@ -143,7 +144,10 @@ def run_export(
     as_json: bool = False,
     **options: Any,
 ) -> None:
-    """What the command line calls: options as text, progress on standard error, the report on standard output."""
+    """What the command line calls: options as text, progress on standard error, the report on standard output.
+
+    `options`: further ones of `export_checkpoint`, as they are there.
+    """
     console = Console(stderr=True)
     with console.status("starting") as status:
         report = export_checkpoint(
@@ -190,7 +194,7 @@ def _manifest(
     joints: tuple[Joint, ...],
     rate_hz: float,
     dataset: str | None,
-    handoff: Handoff,
+    handoff: tuple[Method, float | None],
     two_state_joints: Sequence[str],
 ) -> Manifest:
     """The manifest but for what is known only once the network is written: errors and files."""
@@ -204,7 +208,7 @@ def _manifest(
             environment_state=policy.config.environment_state,
             chunk_size=policy.config.chunk_size,
             action_rate_hz=rate_hz,
-            handoff=handoff,
+            handoff=_handoff(policy, *handoff),
             two_state_joints=tuple(two_state_joints),
             provenance=_provenance(source, dataset),
             fidelity=Fidelity(weights="fp32", max_error=0, max_rounding_error=0),
@@ -259,8 +263,8 @@ def _observation(source: Checkpoint, policy: ActPolicy, path: Path) -> dict[str,
     return inputs
 
 
-def _handoff(policy: ActPolicy, method: Method | None, m: float | None) -> Handoff:
-    method = method or "ensemble"
+def _handoff(policy: ActPolicy, method: Method, m: float | None) -> Handoff:
+    """`m` (ensemble only): as given, else the checkpoint's own, else the paper's."""
     if method != "ensemble":
         return Handoff(method=method)
     found = policy.config.ensemble_coefficient

@@ -32,7 +32,7 @@ from device.arrays import dump_arrays
 from device.bundle import Bundle
 from device.engine import open_engine
 from device.errors import BundleError
-from export.command import Weights, export_checkpoint
+from export.command import export_checkpoint
 from export.errors import ExportError
 from firmware_bridge.calibration import Unit
 
@@ -112,7 +112,7 @@ def test_the_tensors_that_are_expected_are_the_tensors_that_lerobot_saves(varian
 
 def test_half_precision_halves_the_file_and_reports_what_rounding_costs(plain: Path, scratch: Path) -> None:
     whole = export_checkpoint(plain, scratch / "whole")
-    half = export_checkpoint(plain, scratch / "half", weights=Weights.fp16)
+    half = export_checkpoint(plain, scratch / "half", weights="fp16")
     sizes = [(report.path / "policy.onnx").stat().st_size for report in (whole, half)]
     assert sizes[1] < 0.52 * sizes[0]
     assert half.nodes < 500
@@ -338,6 +338,7 @@ def test_joints_are_asked_for_where_they_cannot_be_known(small: Path) -> None:
     assert "unit 'rad' is unknown" in refusal(small, joints=["a=rad,b,c,d,e,f"])
     assert "names 'hand', which is no joint" in refusal(small, two_state_joints=["hand"])
     assert "action_rate_hz" in refusal(small, rate_hz=0)
+    assert "Input should be 'ensemble', 'crossfade' or 'latest'" in refusal(small, handoff="sudden")
 
 
 def test_an_existing_bundle_is_replaced_only_when_asked(small: Path, scratch: Path) -> None:
@@ -345,6 +346,8 @@ def test_an_existing_bundle_is_replaced_only_when_asked(small: Path, scratch: Pa
     with pytest.raises(ExportError, match="exists already"):
         export_checkpoint(small, out)
     export_checkpoint(small, out, overwrite=True)
+    (scratch / "empty").mkdir()
+    assert Bundle.open(export_checkpoint(small, scratch / "empty").path)
     (scratch / "photos").mkdir()
     (scratch / "photos" / "cat.jpg").touch()
     with pytest.raises(ExportError, match="is no bundle"):

@@ -54,7 +54,7 @@ CASES = {
 
 
 def run(turns: int = TURNS) -> dict[str, Any]:
-    """Figures by case: export (seconds, processor seconds, nodes, MB, max_error) and ways -> latency (ms), memory (MB)."""
+    """Figures by case: `export` (seconds, nodes, MB, largest error) and `ways` -> latency in ms, memory in MB."""
     figures: dict[str, Any] = {"load_average": os.getloadavg()[0], "cores": os.cpu_count(), "threads": THREADS}
     for name, document in CASES.items():
         with tempfile.TemporaryDirectory() as folder:
@@ -101,14 +101,8 @@ class _Worker:
         environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
         if way != "lerobot":
             environment["PYTHONPATH"] = str(ROOT)
-        self._process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            env=environment,
-        )
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        self._process = subprocess.Popen(command, text=True, env=environment, **pipes)
         self._answers: list[dict[str, Any]] = []
         ready = self._read()
         self.actions = np.array(ready["actions"])
@@ -146,7 +140,7 @@ class _Worker:
 
 def tables(figures: dict[str, Any]) -> list[Table]:
     """The figures as a person reads them, one table a case."""
-    titles = {"engine": "Understudy (onnxruntime)", "torch": "our PyTorch forward", "lerobot": "LeRobot, eager"}
+    titles = {"engine": "Understudy", "torch": "PyTorch (ours)", "lerobot": "LeRobot"}
     made = []
     for name in CASES:
         case = figures[name]
@@ -157,7 +151,7 @@ def tables(figures: dict[str, Any]) -> list[Table]:
             f"{exported['nodes']} nodes, {exported['mb']:.0f} MB"
         )
         table = Table(
-            "way", "least ms", "median ms", "processor ms", "peak MB", "load s", f"off {case['reference']} by",
+            "way", "least ms", "median ms", "cpu ms", "peak MB", "load s", f"off {case['reference']}",
             title=name, caption=caption,
         )  # fmt: skip
         for way, row in case["ways"].items():
