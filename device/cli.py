@@ -121,12 +121,15 @@ def demo(
     report: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("report"),
     bundle: Annotated[Optional[Path], typer.Option(help="Another policy than the shipped one.")] = None,  # noqa: UP045
     time_limit_s: Annotated[float, typer.Option(min=1, help="An episode that takes longer has failed.")] = 25,
+    lockstep: Annotated[
+        bool, typer.Option(help="In simulated time: the same result every time, for measuring success.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """The virtual cell: emulated servos, simulated arm and rendered cameras under the real roles. Ends in a verdict."""
     from device.demo import Options, run_demo
 
-    options = Options(episodes, seed, handoff, inference_delay_ms, report, bundle, time_limit_s, as_json)
+    options = Options(episodes, seed, handoff, inference_delay_ms, report, bundle, time_limit_s, lockstep, as_json)
     result = run_demo(options)
     if as_json:
         print(json.dumps(result.as_json()))

@@ -7,13 +7,15 @@ the policy was trained on used seeds from 100000 on; the demo's seeds count from
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +24,19 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from device.bundle import Bundle
 from device.config import VIRTUAL_CELL, LoadedCell, load_cell
 from device.demo_report import Film, write_report
 from device.errors import ConfigError, UnderstudyError
-from device.messages import Mode
-from device.observer import Figures, Observer
+from device.messages import TICKS, Mode
+from device.observer import Figures, Observer, measure
 from device.request_socket import ask
 from device.run import Processes
 from device.topic import TopicReader, topic_path
 
 _START_TIMEOUT_S = 60.0
 _POLL_S = 0.05
+_MEASURED_IN_REAL_TIME = ("lateness_us", "inference_ms")  # null in lockstep, where time is simulated
 _SETTLE_S = 0.7  # after homing: the arm rests, the cameras have seen the new cube
 _LINGER_S = 0.5  # after the task is done: the hand withdraws
 
@@ -48,6 +52,7 @@ class Options:
     report: Path
     bundle: Path | None
     time_limit_s: float
+    lockstep: bool  # simulated time: no processes, no lateness, the same every time
     quiet: bool  # no live table: standard output belongs to the JSON
 
 
@@ -80,7 +85,9 @@ class Result:
             "seed": self.options.seed,
             "handoff": self.handoff,
             "inference_delay_ms": self.options.inference_delay_ms,
+            "lockstep": self.options.lockstep,
             **self.figures.as_json(),
+            **(dict.fromkeys(_MEASURED_IN_REAL_TIME) if self.options.lockstep else {}),
             "seconds": [episode.seconds for episode in self.episodes],
             "progress": [episode.progress for episode in self.episodes],
         }
@@ -90,6 +97,9 @@ def run_demo(options: Options) -> Result:
     """Run the demo. Raises UnderstudyError when a role does not start or dies."""
     # A report that cannot be written should be known before the work, not after it.
     options.report.mkdir(parents=True, exist_ok=True)
+    if options.lockstep:
+        with _cell_of(options) as (cell, _):
+            return _run_lockstep(options, cell)
     with _cell_of(options) as (cell, runtime), (runtime / "roles.log").open("wb") as log:
         processes = Processes(cell, runtime, log)
         try:
@@ -122,6 +132,44 @@ def _cell_of(options: Options) -> Iterator[tuple[LoadedCell, Path]]:
         yield load_cell(path), Path(folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _run_lockstep(options: Options, cell: LoadedCell) -> Result:
+    """All episodes in simulated time, one after the other."""
+    from device.lockstep import NOMINAL_INFERENCE_MS, LockstepPolicy, run_episode
+
+    bundle = _bundle_of(cell)
+    inference_ns = round((NOMINAL_INFERENCE_MS + options.inference_delay_ms) * 1e6)
+    policy = LockstepPolicy(bundle, inference_ns, threads=os.cpu_count() or 1)
+    episodes, goals = [], []
+    for number in range(options.episodes):
+        run = run_episode(cell, policy, options.seed + number, options.time_limit_s)
+        episodes.append(Episode(run.seed, run.seconds, run.progress))
+        goals.append(run.goals)
+        _tell(options.episodes, number, episodes[-1])
+    units = [joint.unit for joint in cell.cell.arm.joints.values()]
+    nothing = np.empty(0, TICKS)
+    figures = measure(nothing, np.concatenate(goals), np.empty(0, [("t_ns", "<i8")]), units)
+    figures = replace(figures, ticks=sum(len(part) for part in goals))
+    result = Result(options, cell.cell.policy.handoff or bundle.manifest.handoff.method, figures, episodes)
+    (options.report / "report.json").write_text(json.dumps(result.as_json(), indent=2) + "\n")
+    if not options.quiet:
+        print(f"{result.successes} of {len(episodes)} done, in simulated time")
+    return result
+
+
+def _tell(count: int, number: int, episode: Episode) -> None:
+    outcome = f"done in {episode.seconds:.1f} s" if episode.seconds else f"not done, got as far as {episode.progress}"
+    print(f"episode {number + 1} of {count} (seed {episode.seed}): {outcome}", file=sys.stderr, flush=True)
+
+
+def _bundle_of(cell: LoadedCell) -> Bundle:
+    path = cell.bundle_path
+    if path is None:
+        raise ConfigError(f"{cell.path}: policy.bundle: is missing")
+    bundle = Bundle.open(path)
+    bundle.check_fits(cell)
+    return bundle
 
 
 class _Demo:
@@ -182,10 +230,10 @@ class _Demo:
         self._watch_for(_LINGER_S, f"episode {number + 1}: {progress}")
         ask(self._runtime, "execute", "mode", mode="idle")
         seconds = round((done_ns - began_ns) / 1e9, 2) if done_ns else None
+        episode = Episode(seed, seconds, progress)
         if self._options.quiet:
-            outcome = f"done in {seconds:.1f} s" if seconds else f"not done, got as far as {progress}"
-            print(f"episode {number + 1} of {self._options.episodes} (seed {seed}): {outcome}", file=sys.stderr)
-        return Episode(seed, seconds, progress)
+            _tell(self._options.episodes, number, episode)
+        return episode
 
     def _watch_for(self, seconds: float, doing: str) -> None:
         until = time.monotonic() + seconds
@@ -205,7 +253,8 @@ class _Demo:
     def _conclude(self) -> Result:
         figures = self._observer.figures(self._units)
         goal = self._observer.all("goals")
-        result = Result(self._options, self._handoff(), figures, self._episodes)
+        handoff = self._cell.cell.policy.handoff or _bundle_of(self._cell).manifest.handoff.method
+        result = Result(self._options, handoff, figures, self._episodes)
         with self._console.status("drawing the report"):
             write_report(
                 self._options.report,
@@ -219,13 +268,6 @@ class _Demo:
             )
         self._print_verdict(result)
         return result
-
-    def _handoff(self) -> str:
-        from device.bundle import Bundle
-
-        override = self._cell.cell.policy.handoff
-        path = self._cell.bundle_path
-        return override or (Bundle.open(path).manifest.handoff.method if path else "")
 
     def _print_verdict(self, result: Result) -> None:
         figures = result.figures

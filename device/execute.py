@@ -28,15 +28,15 @@ from device.log import event
 from device.messages import TICKS, TOPICS, Mode, goals_dtype, joints_dtype
 from device.request_socket import RequestSocket
 from device.topic import TopicReader, TopicWriter, topic_path
-from firmware_bridge.bus import BusLost, PortUnavailable, ServoBus
+from firmware_bridge import registers
+from firmware_bridge.bus import BusLost, PortUnavailable, ServoBus, ServoState
+from firmware_bridge.calibration import UnitMap
 
 logger = logging.getLogger("execute")
 
 _REOPEN_PERIOD_NS = 500_000_000
 _FIRST_READ_S = 3.0
 _VIRTUAL_SERVOS_START_S = 20.0
-# STS3215 memory table: load is 0.1 % of full PWM, current 6.5 mA, voltage 0.1 V.
-_LOAD, _CURRENT_A, _VOLTAGE_V = 1e-3, 6.5e-3, 0.1
 
 
 def run(cell: LoadedCell, runtime: Path, stop: Callable[[], bool]) -> None:
@@ -143,22 +143,9 @@ class Execute:
         except BusLost as error:
             self._on_bus_lost(t_ns, error)
             return False
-        self._decode(tick)
+        decode(self._bus.state, self._cell.units, self._reading, tick)
         self.controller.observe(t_ns, self._reading)
         return True
-
-    def _decode(self, tick: int) -> None:
-        state, record, units = self._bus.state, self._reading, self._cell.units
-        record["t_ns"] = state.t_ns
-        record["tick"] = tick
-        record["position"] = units.from_raw(state.position_raw)
-        record["velocity"] = state.velocity_raw * units.resolution
-        record["load"] = state.load_raw * _LOAD
-        record["current_a"] = state.current_raw * _CURRENT_A
-        record["voltage_v"] = state.voltage_raw * _VOLTAGE_V
-        record["temperature_c"] = state.temperature_raw
-        record["error"] = state.error
-        record["valid"] = state.valid
 
     def _write(self, decision: Decision, bus_is_there: bool) -> None:
         if decision.goal is None:
@@ -189,7 +176,7 @@ class Execute:
         except (BusLost, PortUnavailable):
             return False
         self._bus_lost_ns = 0
-        self._decode(0)
+        decode(self._bus.state, self._cell.units, self._reading, 0)
         self.controller.bus_is_back(self._reading["position"])
         event(logger, "bus.back", port=self._bus.port)
         return True
@@ -206,7 +193,7 @@ class Execute:
                 answered |= self._bus.read().valid
             except BusLost as error:
                 raise DeviceUnavailableError(str(error)) from error
-        self._decode(0)
+        decode(self._bus.state, self._cell.units, self._reading, 0)
 
     def _hold_where_it_is(self) -> None:
         """Torque on without motion: servos that already hold keep their goal, the others get their position as goal."""
@@ -269,6 +256,20 @@ class Execute:
         self._mode_before = mode
 
 
+def decode(state: ServoState, units: UnitMap, record: Any, tick: int) -> None:
+    """Fill a record of messages.joints_dtype from what the bus said."""
+    record["t_ns"] = state.t_ns
+    record["tick"] = tick
+    record["position"] = units.from_raw(state.position_raw)
+    record["velocity"] = state.velocity_raw * units.resolution
+    record["load"] = state.load_raw * registers.LOAD_UNIT
+    record["current_a"] = state.current_raw * registers.CURRENT_UNIT_A
+    record["voltage_v"] = state.voltage_raw * registers.VOLTAGE_UNIT_V
+    record["temperature_c"] = state.temperature_raw
+    record["error"] = state.error
+    record["valid"] = state.valid
+
+
 def _wait_for(port: Path) -> None:
     """The virtual cell's servos are started together with this role; a real adapter is there or is a fault."""
     deadline = time.monotonic() + _VIRTUAL_SERVOS_START_S
@@ -294,15 +295,20 @@ def _open_bus(cell: LoadedCell, runtime: Path) -> ServoBus:
 
 
 def _open_policy(cell: LoadedCell) -> tuple[ChunkEnsemble | None, str | None]:
-    """The ensemble as the bundle recommends and the cell overrides, and the bundle's digest; None without a bundle."""
+    """The ensemble for the cell's bundle, and the bundle's digest; None without a bundle."""
     path = cell.bundle_path
     if path is None:
         return None, None
     bundle = Bundle.open(path)
     bundle.check_fits(cell)
+    return ensemble_for(cell, bundle), bundle.digest
+
+
+def ensemble_for(cell: LoadedCell, bundle: Bundle) -> ChunkEnsemble:
+    """The ensemble as the bundle recommends and the cell overrides."""
     manifest, policy = bundle.manifest, cell.cell.policy
     names = cell.cell.joint_names
-    ensemble = ChunkEnsemble(
+    return ChunkEnsemble(
         len(names),
         manifest.chunk_size,
         method=policy.handoff or manifest.handoff.method,
@@ -310,4 +316,3 @@ def _open_policy(cell: LoadedCell) -> tuple[ChunkEnsemble | None, str | None]:
         staleness_ns=round(policy.staleness_s * 1e9),
         two_state=tuple(names.index(name) for name in manifest.two_state_joints),
     )
-    return ensemble, bundle.digest

@@ -20,6 +20,7 @@ MIDDLE_RAW = 2048
 TORQUE_ENABLE_CALIBRATE_MIDDLE = 128  # written to Torque_Enable: "current position becomes 2048"
 CURRENT_UNIT_A = 0.0065
 VOLTAGE_UNIT_V = 0.1
+LOAD_UNIT = 0.001  # of full PWM
 
 # Baud_Rate (6): the register's value is the index. The memory table's values; LeRobot's table calls
 # 5, 6, 7 57600, 38400, 19200, which disagrees with the maker for those three.
