@@ -1,0 +1,139 @@
+"""Predict: the newest frames, the joints at their time, and a chunk that says what it is about; over real topics."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import simplejpeg
+
+pytest.importorskip("onnx", reason="the bundles of these tests are written with the export extra")
+
+import onnx
+from fixtures.tiny_bundle import FRONT, STATE, network, write_tiny_bundle
+
+from device.config import VIRTUAL_CELL, LoadedCell, load_cell
+from device.errors import BundleError
+from device.messages import TOPICS, frames_dtype, joints_dtype
+from device.predict import Predict
+from device.topic import TopicReader, TopicWriter, topic_path
+
+MS = 1_000_000
+
+
+class Scene:
+    """What capture and execute would publish, and a predict that reads it."""
+
+    def __init__(self, cell: LoadedCell, runtime: Path) -> None:
+        capacity = cell.cell.cameras["front"].jpeg_capacity
+        self.frames = TopicWriter(topic_path(runtime, "frames/front"), frames_dtype(capacity), TOPICS["frames/*"].slots)
+        self.joints = TopicWriter(topic_path(runtime, "joints"), joints_dtype(6), TOPICS["joints"].slots)
+        self.predict = Predict(cell, runtime)
+        self.chunks = TopicReader(topic_path(runtime, "chunks"))
+
+    def close(self) -> None:
+        self.predict.close()
+        self.frames.close()
+        self.joints.close()
+
+    def frame(self, t_ns: int, size: tuple[int, int] = (96, 96), jpeg: bytes | None = None, red: int = 40) -> None:
+        picture = np.zeros((*size, 3), np.uint8)
+        picture[..., 0] = red
+        data = jpeg if jpeg is not None else simplejpeg.encode_jpeg(picture, quality=95)
+        with self.frames.slot() as record:
+            record["t_ns"], record["sequence"] = t_ns, 0
+            record["width"], record["height"], record["size"] = size[1], size[0], len(data)
+            record["data"][: len(data)] = np.frombuffer(data, np.uint8)
+
+    def position(self, t_ns: int, position: float) -> None:
+        with self.joints.slot() as record:
+            record[...] = np.zeros((), joints_dtype(6))
+            record["t_ns"], record["position"], record["valid"] = t_ns, position, 1
+
+
+@pytest.fixture
+def scene(tmp_path: Path) -> Iterator[Scene]:
+    bundle = write_tiny_bundle(tmp_path / "tiny")
+    text = VIRTUAL_CELL.read_text().replace('bundle = "bundle"', f'bundle = "{bundle.path}"')
+    text = text.replace('"calibration.json"', f'"{VIRTUAL_CELL.parent / "calibration.json"}"')
+    (tmp_path / "cell.toml").write_text(text)
+    scene = Scene(load_cell(tmp_path / "cell.toml"), tmp_path / "run")
+    yield scene
+    scene.close()
+
+
+def test_a_chunk_carries_the_frames_time_and_the_joints_at_that_time(scene: Scene) -> None:
+    now = time.monotonic_ns()
+    scene.position(now - 40 * MS, 10.0)
+    scene.position(now - 20 * MS, 20.0)
+    scene.frame(now - 35 * MS)
+    assert scene.predict.step()
+    chunk = scene.chunks.latest()
+    assert chunk is not None
+    assert chunk["t_obs_ns"] == now - 35 * MS
+    assert chunk["dt_ns"] == round(1e9 / 30)
+    assert chunk["count"] == 4
+    assert chunk["t_ns"] > now
+    np.testing.assert_allclose(scene.predict._engine.inputs[STATE], 12.5, atol=1e-4)
+    assert abs(int(scene.predict._engine.inputs[FRONT][..., 0].mean()) - 40) < 3
+
+
+def test_it_never_infers_twice_on_the_same_frame(scene: Scene) -> None:
+    now = time.monotonic_ns()
+    scene.position(now - 60 * MS, 0.0)
+    scene.position(now, 0.0)
+    scene.frame(now - 30 * MS)
+    assert scene.predict.step()
+    assert not scene.predict.step(0.05)
+
+
+@pytest.mark.parametrize(
+    ("age_ms", "size", "jpeg", "says"),
+    [
+        (400, (96, 96), None, "ms old"),
+        (10, (48, 64), None, "gives 64x48, the policy takes 96x96"),
+        (10, (96, 96), b"\xff\xd8 this is no picture", "no JPEG"),
+    ],
+)
+def test_a_frame_that_is_no_observation_leads_to_no_chunk(
+    scene: Scene, age_ms: int, size: tuple[int, int], jpeg: bytes | None, says: str
+) -> None:
+    now = time.monotonic_ns()
+    scene.position(now - 1000 * MS, 0.0)
+    scene.position(now, 0.0)
+    scene.frame(now - age_ms * MS, size, jpeg)
+    assert not scene.predict.step(0.05)
+    assert says in str(scene.predict._cameras.trouble)
+    assert scene.chunks.latest() is None
+    scene.position(time.monotonic_ns() + 5000 * MS, 0.0)
+    scene.frame(time.monotonic_ns())
+    assert scene.predict.step(), "and it goes on with the next good one"
+
+
+def test_without_joints_at_the_frames_time_there_is_no_chunk(scene: Scene) -> None:
+    scene.frame(time.monotonic_ns())
+    assert not scene.predict.step(0.05)
+    assert scene.chunks.latest() is None
+
+
+def test_a_joint_state_that_is_not_finite_leads_to_no_chunk(scene: Scene) -> None:
+    now = time.monotonic_ns()
+    scene.position(now - 60 * MS, float("nan"))
+    scene.position(now, float("nan"))
+    scene.frame(now - 30 * MS)
+    assert not scene.predict.step(0.05)
+    assert scene.chunks.latest() is None
+
+
+def test_an_engine_that_computes_something_else_is_refused(tmp_path: Path) -> None:
+    model = onnx.load_from_string(network())
+    model.graph.initializer[1].CopyFrom(onnx.numpy_helper.from_array(np.full((4, 1), 9.0, np.float32), "steps"))
+    bundle = write_tiny_bundle(tmp_path / "tiny", model=model.SerializeToString())
+    text = VIRTUAL_CELL.read_text().replace('bundle = "bundle"', f'bundle = "{bundle.path}"')
+    text = text.replace('"calibration.json"', f'"{VIRTUAL_CELL.parent / "calibration.json"}"')
+    (tmp_path / "cell.toml").write_text(text)
+    with pytest.raises(BundleError, match="differs from the reference"):
+        Predict(load_cell(tmp_path / "cell.toml"), tmp_path / "run")
