@@ -294,7 +294,7 @@ class _BlockDecoder:
         self.total_size = len(ids) * self.packet_size
         self._index = {servo_id: index for index, servo_id in enumerate(ids)}
         self._shape = (len(ids), self.packet_size)
-        self._heads = np.array([(0xFF, 0xFF, servo_id, size + 2) for servo_id in ids], np.uint8)
+        self._heads = b"".join(bytes((0xFF, 0xFF, servo_id, size + 2)) for servo_id in ids)
         data_at = 5 - address  # the packet's data begin at byte 5
         words = [registers.register(name) for name in self._WORDS]
         low_bytes = [word.address + data_at for word in words]
@@ -307,7 +307,7 @@ class _BlockDecoder:
         if len(data) != self.total_size:
             return False
         rows = np.frombuffer(data, np.uint8).reshape(self._shape)
-        if not np.array_equal(rows[:, :4], self._heads):
+        if rows[:, :4].tobytes() != self._heads:
             return False
         # From id to checksum a good packet adds up to 255 modulo 256, since the checksum is the complement.
         if (np.add.reduce(rows[:, 2:], axis=1, dtype=np.uint8) != 0xFF).any():
