@@ -1,7 +1,7 @@
 """One ACT chunk on the CPU: our ONNX in onnxruntime, our PyTorch forward, and LeRobot's own policy, in the same run.
 
-`python -m tests.bench.bench_act` prints the tables; `run()` returns the figures. LeRobot takes part where
-UNDERSTUDY_LEROBOT_PYTHON names an interpreter that has it (0.4.4). Each way has a process of its own with the same two
+`python -m tests.bench.bench_act [THREADS]` prints the tables; `run()` returns the figures. LeRobot takes part where
+UNDERSTUDY_LEROBOT_PYTHON names an interpreter that has it (0.4.4). Each way has a process of its own with the same
 threads, the same checkpoint (made from the tests' recipe, in LeRobot's layout) and the same observation; they infer in
 turns, a few at a time, so that whatever else the machine does hits all of them. The least time of all turns is what the
 way costs where nothing interferes; processor time is the sum over threads and does not depend on what interferes.
@@ -53,16 +53,16 @@ CASES = {
 }
 
 
-def run(turns: int = TURNS) -> dict[str, Any]:
+def run(turns: int = TURNS, threads: int = THREADS) -> dict[str, Any]:
     """Figures by case: `export` (seconds, nodes, MB, largest error) and `ways` -> latency in ms, memory in MB."""
-    figures: dict[str, Any] = {"load_average": os.getloadavg()[0], "cores": os.cpu_count(), "threads": THREADS}
+    figures: dict[str, Any] = {"load_average": os.getloadavg()[0], "cores": os.cpu_count(), "threads": threads}
     for name, document in CASES.items():
         with tempfile.TemporaryDirectory() as folder:
-            figures[name] = _case(Path(folder), document, turns)
+            figures[name] = _case(Path(folder), document, turns, threads)
     return figures
 
 
-def _case(folder: Path, document: dict[str, Any], turns: int) -> dict[str, Any]:
+def _case(folder: Path, document: dict[str, Any], turns: int, threads: int) -> dict[str, Any]:
     checkpoint = write_checkpoint(folder / "checkpoint", document)
     (folder / "observation.npz").write_bytes(dump_arrays(observation(document["input_features"])))
     started = time.process_time()
@@ -75,11 +75,11 @@ def _case(folder: Path, document: dict[str, Any], turns: int) -> dict[str, Any]:
         "max_error": report.max_error,
     }
     workers = {
-        "engine": _Worker(sys.executable, "engine", folder / "bundle", folder),
-        "torch": _Worker(sys.executable, "torch", checkpoint, folder),
+        "engine": _Worker(sys.executable, "engine", folder / "bundle", folder, threads),
+        "torch": _Worker(sys.executable, "torch", checkpoint, folder, threads),
     }
     if named := os.environ.get("UNDERSTUDY_LEROBOT_PYTHON"):
-        workers["lerobot"] = _Worker(named, "lerobot", checkpoint, folder)
+        workers["lerobot"] = _Worker(named, "lerobot", checkpoint, folder, threads)
     try:
         for _ in range(turns):
             for worker in workers.values():
@@ -95,9 +95,9 @@ def _case(folder: Path, document: dict[str, Any], turns: int) -> dict[str, Any]:
 class _Worker:
     """A process that infers when told to (act_worker.py)."""
 
-    def __init__(self, python: str, way: str, policy: Path, folder: Path) -> None:
+    def __init__(self, python: str, way: str, policy: Path, folder: Path, threads: int) -> None:
         worker = Path(__file__).with_name("act_worker.py")
-        command = [python, str(worker), way, str(policy), str(folder / "observation.npz"), str(THREADS)]
+        command = [python, str(worker), way, str(policy), str(folder / "observation.npz"), str(threads)]
         environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
         if way != "lerobot":
             environment["PYTHONPATH"] = str(ROOT)
@@ -162,7 +162,8 @@ def tables(figures: dict[str, Any]) -> list[Table]:
 
 
 def main() -> None:
-    for table in tables(run()):
+    threads = int(sys.argv[1]) if len(sys.argv) > 1 else THREADS
+    for table in tables(run(threads=threads)):
         Console().print(table)
 
 
