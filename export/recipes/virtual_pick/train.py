@@ -11,7 +11,6 @@ Training saves its state at intervals and goes on from there when it is started 
 from __future__ import annotations
 
 import argparse
-import copy
 import dataclasses
 import math
 import os
@@ -20,7 +19,6 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +32,13 @@ from lerobot.policies.act.configuration_act import ACTConfig
 from lerobot.policies.act.modeling_act import ACTPolicy
 from lerobot.policies.factory import make_pre_post_processors
 from torch import Tensor, nn
-from torchvision.ops.misc import FrozenBatchNorm2d
+from torchvision.ops import FrozenBatchNorm2d  # type: ignore[import-not-found]  # in LeRobot's environment only
 
 CAMERAS = ("front", "wrist")
 JOINT_COUNT = 6
 LONGEST_FRAMES = 420  # longer demonstrations are mostly the expert's own trouble
-SMALL_SHARE, SMALL_SCALE = 0.35, 2 / 3  # the first part sees smaller pictures: twice as many steps in its time
+SMALL_SHARE, SMALL_SCALE = 0.5, 2 / 3  # the first part sees smaller pictures: twice as many steps in its time
+FREEZE_SHARE = 0.8  # from here on batch norms use the statistics that inference will use
 STATE_NOISE = 0.3  # units; about the backlash of a joint, and keeps the policy from copying its own state
 
 
@@ -62,7 +61,8 @@ class Demonstrations:
             with np.load(path) as shard:
                 blob, ends = memoryview(shard["jpeg"]), shard["jpeg_end"]
                 state, action, episode_end = shard["state"], shard["action"], shard["episode_end"]
-                image_hw = tuple(int(v) for v in shard["image_hw"])
+                height, width = shard["image_hw"]
+                image_hw = (int(height), int(width))
             starts = np.concatenate([[0], ends.ravel()[:-1]]).reshape(ends.shape)
             for first, end in zip(np.concatenate([[0], episode_end[:-1]]), episode_end, strict=True):
                 if end - first > LONGEST_FRAMES:
@@ -202,20 +202,6 @@ def trainable(config: ACTConfig) -> ACTPolicy:
     return policy.to(memory_format=torch.channels_last)
 
 
-def sharing(policy: ACTPolicy) -> ACTPolicy:
-    """A replica with the same memory for its weights and statistics, and gradients of its own.
-
-    Two replicas in two threads keep two cores busy where two threads inside each operator would wait for each other:
-    on a machine with other work, that was ten times slower.
-    """
-    replica = copy.deepcopy(policy)
-    for mine, theirs in zip(replica.parameters(), policy.parameters(), strict=True):
-        mine.data = theirs.data
-    for mine, theirs in zip(replica.buffers(), policy.buffers(), strict=True):
-        mine.data = theirs.data
-    return replica
-
-
 def ordinary(policy: ACTPolicy) -> ACTPolicy:
     """The same weights in LeRobot's own class, nothing of ours left."""
     plain = ACTPolicy(policy.config)
@@ -259,42 +245,31 @@ class Training:
             # The statistics that the weights were trained with, also when data has been added since.
             last = args.out / "last" / "pretrained_model"
             self.processors = make_pre_post_processors(self.config, pretrained_path=str(last))
-        self.replicas = [self.policy, *(sharing(self.policy) for _ in range(args.workers - 1))]
-        self.pool = ThreadPoolExecutor(args.workers)
 
     def done_share(self) -> float:
         """How much of the training is behind us, 0..1, by steps or by minutes, whichever is further."""
         return min(1.0, max(self.step / self.args.steps, self.spent_s / (60 * self.args.minutes)))
 
-    def learn(self, raws: list[dict[str, Tensor]]) -> float:
-        """One step of the optimiser on one batch for each replica. Returns the mean loss."""
+    def learn(self, raw: dict[str, Tensor]) -> float:
+        """One step of the optimiser on one raw batch. Returns the loss."""
         share = self.done_share()
         rate = self.args.lr * min(1.0, (self.step + 1) / 300) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * share)))
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        losses = list(self.pool.map(lambda job: self.gradients(*job, share), zip(self.replicas, raws, strict=True)))
-        gradients = [[p.grad for p in replica.parameters() if p.grad is not None] for replica in self.replicas]
-        for others in gradients[1:]:
-            torch._foreach_add_(gradients[0], others)
-        torch._foreach_div_(gradients[0], len(gradients))
-        nn.utils.clip_grad_norm_(self.policy.parameters(), 1.0)
-        self.optimizer.step()
-        return sum(losses) / len(losses)
-
-    def gradients(self, replica: ACTPolicy, raw: dict[str, Tensor], share: float) -> float:
-        """Forward and backward of one batch on one replica; runs in a thread of its own. Returns the loss."""
-        replica.train()
-        if share > 0.75:  # the last part is trained with the statistics that inference will use
-            replica.model.backbone.eval()
+        self.policy.train()
+        if share > FREEZE_SHARE:
+            self.policy.model.backbone.eval()
         if share < SMALL_SHARE:
             for key in (f"observation.images.{camera}" for camera in CAMERAS):
                 raw[key] = nn.functional.interpolate(raw[key], scale_factor=SMALL_SCALE, mode="area")
         batch = self.processors[0](raw)
-        replica.zero_grad(set_to_none=True)
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.args.bf16):
-            replica.model.backbone.prepare([batch[f"observation.images.{c}"] for c in CAMERAS])
-            loss, _ = replica.forward(batch)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            self.policy.model.backbone.prepare([batch[f"observation.images.{c}"] for c in CAMERAS])
+            loss: Tensor = self.policy.forward(batch)[0]
+        self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        nn.utils.clip_grad_norm_(self.policy.parameters(), 1.0)
+        self.optimizer.step()
         return float(loss.detach())
 
     def save(self) -> None:
@@ -318,7 +293,7 @@ class Training:
         losses: list[float] = []
         saved_s, began, printed = self.spent_s, time.monotonic(), self.step
         while self.done_share() < 1.0:
-            losses.append(self.learn([next(feed) for _ in self.replicas]))
+            losses.append(self.learn(next(feed)))
             self.step += 1
             if self.step % 100 == 0 or self.step == 20:
                 took = time.monotonic() - began
@@ -345,10 +320,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--chunk", type=int, default=30)
     parser.add_argument("--lr", type=float, default=3e-4)
-    parser.add_argument("--threads", type=int, default=1, help="inside an operator")
-    parser.add_argument("--workers", type=int, default=2, help="replicas side by side, a batch each")
+    parser.add_argument("--threads", type=int, default=1, help="more than one helps on idle cores only")
     parser.add_argument("--shards", type=int, default=None, help="use only the first so many")
-    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     Training(args).run()
