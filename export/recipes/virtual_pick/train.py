@@ -248,7 +248,8 @@ class Training:
 
     def done_share(self) -> float:
         """How much of the training is behind us, 0..1, by steps or by minutes, whichever is further."""
-        return min(1.0, max(self.step / self.args.steps, self.spent_s / (60 * self.args.minutes)))
+        by_steps, by_minutes = self.step / self.args.steps, self.spent_s / (60 * self.args.minutes)
+        return float(min(1.0, max(by_steps, by_minutes)))
 
     def learn(self, raw: dict[str, Tensor]) -> float:
         """One step of the optimiser on one raw batch. Returns the loss."""
@@ -267,7 +268,7 @@ class Training:
             self.policy.model.backbone.prepare([batch[f"observation.images.{c}"] for c in CAMERAS])
             loss: Tensor = self.policy.forward(batch)[0]
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(self.policy.parameters(), 1.0)
         self.optimizer.step()
         return float(loss.detach())
