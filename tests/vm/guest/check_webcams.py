@@ -23,6 +23,8 @@ from tests.vm.guest.webcam import LEFT_RGB, RIGHT_RGB, by_id, pictures, without_
 WORK = Path("/run/check-webcams")
 FRONT, WRIST = "FRONT-01", "WRIST-02"
 PORTS = {FRONT: 0, WRIST: 1}
+TABLE: dict[str, object] = {"width": 640, "height": 480, "fps": 30, "format": "MJPG"}
+CLOCK = Path("/sys/module/uvcvideo/parameters/clock")
 LOST_AND_BACK = ["camera.lost", "camera.back"]
 FROZEN_AND_BACK = ["camera.frozen", "camera.back"]
 
@@ -55,8 +57,7 @@ class Plug:
 
 
 def cell() -> Path:
-    table: dict[str, object] = {"width": 640, "height": 480, "fps": 30, "format": "MJPG"}
-    return write_cell(WORK, {"front": {**table, "device": by_id(FRONT)}, "wrist": {**table, "device": by_id(WRIST)}})
+    return write_cell(WORK, {"front": {**TABLE, "device": by_id(FRONT)}, "wrist": {**TABLE, "device": by_id(WRIST)}})
 
 
 def check_frames(front: CaptureRole, wrist: CaptureRole) -> None:
@@ -111,8 +112,8 @@ def check_replug(plug: Plug, front: CaptureRole, wrist: CaptureRole) -> None:
         row.note(f"lost after {lost.t_s - start_s:.2f} s, back {back.t_s - plugged_s:.2f} s after its node")
         row.note(f"other camera meanwhile {rate_hz(other):.1f} Hz, {gaps(other)} gaps")
         expect_flow(front, row)
-        row.expect(front.names(before) == LOST_AND_BACK, f"events {front.names(before)}")
-        row.expect(wrist.names(wrist_before) == [], f"the other camera's events {wrist.names(wrist_before)}")
+        row.expect(front.changes(before) == LOST_AND_BACK, f"events {front.names(before)}")
+        row.expect(wrist.changes(wrist_before) == [], f"the other camera's events {wrist.names(wrist_before)}")
         row.expect(rate_hz(other) > 20 and gaps(other) == 0, "the other camera suffered")
     with check("unplugged and plugged in five times in a row") as row:
         before = len(front.events)
@@ -121,7 +122,7 @@ def check_replug(plug: Plug, front: CaptureRole, wrist: CaptureRole) -> None:
             plug.plug_in()
             time.sleep(0.5)
         expect_flow(front, row)
-        names = front.names(before)
+        names = front.changes(before)
         row.note(f"{names.count('camera.lost')} times lost, {names.count('camera.back')} times back")
         row.expect(names == LOST_AND_BACK * (len(names) // 2), f"events {names}")
 
@@ -141,7 +142,7 @@ def check_frozen(plug: Plug, front: CaptureRole) -> None:
         plug.say("silent off")
         front.wait_for_event("camera.back", before)
         expect_flow(front, row)
-        row.expect(front.names(before) == FROZEN_AND_BACK, f"events {front.names(before)}")
+        row.expect(front.changes(before) == FROZEN_AND_BACK, f"events {front.names(before)}")
     with check("frames stop for 8 s: the camera is opened afresh meanwhile") as row:
         before = len(front.events)
         plug.say("silent on")
@@ -150,7 +151,7 @@ def check_frozen(plug: Plug, front: CaptureRole) -> None:
         back = front.wait_for_event("camera.back", before)
         row.note(back.text.partition("away_s=")[2] + " s away")
         expect_flow(front, row)
-        row.expect(front.names(before) == FROZEN_AND_BACK, f"events {front.names(before)}")
+        row.expect(front.changes(before) == FROZEN_AND_BACK, f"events {front.names(before)}")
     with check("the same picture for 5 s: noticed after 2, withheld") as row:
         before = len(front.events)
         start_s = time.monotonic()
@@ -163,7 +164,7 @@ def check_frozen(plug: Plug, front: CaptureRole) -> None:
         expect_flow(front, row)
         row.note(f"{len(withheld)} frames published while frozen")
         row.expect(not withheld, "old pictures were published with fresh times")
-        row.expect(front.names(before) == FROZEN_AND_BACK, f"events {front.names(before)}")
+        row.expect(front.changes(before) == FROZEN_AND_BACK, f"events {front.names(before)}")
 
 
 def check_damage(plug: Plug, front: CaptureRole) -> None:
@@ -202,7 +203,7 @@ def check_missing_at_start(plug: Plug) -> None:
             role.wait_for_event("camera.back")
             expect_flow(role, row)
             row.expect(f"connected cameras are {by_id(WRIST)} (" in lost.text, "does not name the other webcam")
-            row.expect(role.names() == ["camera.lost", "camera.started", "camera.back"], f"events {role.names()}")
+            row.expect(role.changes() == ["camera.lost", "camera.started", "camera.back"], f"events {role.names()}")
 
 
 def check_no_huffman_tables(plug: Plug) -> None:
@@ -220,6 +221,27 @@ def check_no_huffman_tables(plug: Plug) -> None:
         row.expect(same, "decodes to another picture")
 
 
+def check_refusals() -> None:
+    with check("time stamps of another clock are refused") as row:
+        clock = CLOCK.read_text().strip()
+        CLOCK.write_text("CLOCK_REALTIME")
+        try:
+            expect_refusal(row, by_id(FRONT), "does not stamp its frames with CLOCK_MONOTONIC")
+        finally:
+            CLOCK.write_text(clock)
+    with check("the camera's second node, which has no pictures, is refused") as row:
+        expect_refusal(row, by_id(FRONT).replace("index0", "index1"), "a camera's first node does (...-video-index0)")
+
+
+def expect_refusal(row: Check, device: str, sentence: str) -> None:
+    role = CaptureRole(write_cell(WORK / "refused", {"front": {**TABLE, "device": device}}), "front")
+    code = role.wait()
+    said = " ".join(role.output)
+    row.note(f"exit code {code}: {said.partition(') ')[2][:110]} ...")
+    row.expect(code == 1, "exit code not 1")
+    row.expect(sentence in said and "Traceback" not in said, f"did not say {sentence!r}: {said[-300:]}")
+
+
 def main() -> None:
     front_plug, wrist_plug = Plug(FRONT), Plug(WRIST)
     with check("webcams plugged in") as row:
@@ -235,6 +257,7 @@ def main() -> None:
         front.stop()
         check_missing_at_start(front_plug)
         check_no_huffman_tables(front_plug)
+        check_refusals()
     for plug in (front_plug, wrist_plug):
         plug.pull_out()
 
