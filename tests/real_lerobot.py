@@ -13,16 +13,21 @@ import pytest
 OWN_ENVIRONMENT = Path(__file__).parent.parent / ".venv-lerobot"
 
 
-def lerobot_python() -> str:
-    """An interpreter that can import LeRobot, or skip the test with the reason."""
-    named = os.environ.get("UNDERSTUDY_LEROBOT_PYTHON")
-    if named:
+def find_lerobot() -> str | None:
+    """An interpreter that can import LeRobot; None where there is none."""
+    if named := os.environ.get("UNDERSTUDY_LEROBOT_PYTHON"):
         return named
     if (OWN_ENVIRONMENT / ".ready").exists():
         return str(OWN_ENVIRONMENT / "bin" / "python")
-    if importlib.util.find_spec("lerobot") is None:
+    return sys.executable if importlib.util.find_spec("lerobot") is not None else None
+
+
+def lerobot_python() -> str:
+    """An interpreter that can import LeRobot, or skip the test with the reason."""
+    python = find_lerobot()
+    if python is None:
         pytest.skip("LeRobot is not here: run `make lerobot`, or name its interpreter in UNDERSTUDY_LEROBOT_PYTHON")
-    return sys.executable
+    return python
 
 
 def ask_lerobot(script: str, question: Any) -> Any:

@@ -1,7 +1,7 @@
 """One ACT chunk on the CPU: our ONNX in onnxruntime, our PyTorch forward, and LeRobot's own policy, in the same run.
 
 `python -m tests.bench.bench_act [THREADS]` prints the tables; `run()` returns the figures. LeRobot takes part where
-UNDERSTUDY_LEROBOT_PYTHON names an interpreter that has it (0.4.4). Each way has a process of its own with the same
+it is there (`make lerobot`). Each way has a process of its own with the same
 threads, the same checkpoint (made from the tests' recipe, in LeRobot's layout) and the same observation; they infer in
 turns, a few at a time, so that whatever else the machine does hits all of them. The least time of all turns is what the
 way costs where nothing interferes; processor time is the sum over threads and does not depend on what interferes.
@@ -78,7 +78,7 @@ def _case(folder: Path, document: dict[str, Any], turns: int, threads: int) -> d
         "engine": _Worker(sys.executable, "engine", folder / "bundle", folder, threads),
         "torch": _Worker(sys.executable, "torch", checkpoint, folder, threads),
     }
-    if named := os.environ.get("UNDERSTUDY_LEROBOT_PYTHON"):
+    if named := find_lerobot():
         workers["lerobot"] = _Worker(named, "lerobot", checkpoint, folder, threads)
     try:
         for _ in range(turns):
@@ -161,11 +161,11 @@ def tables(figures: dict[str, Any]) -> list[Table]:
     return made
 
 
-def main() -> None:
-    threads = int(sys.argv[1]) if len(sys.argv) > 1 else THREADS
-    for table in tables(run(threads=threads)):
+def show(figures: dict[str, Any]) -> None:
+    """Print the tables."""
+    for table in tables(figures):
         Console().print(table)
 
 
 if __name__ == "__main__":
-    main()
+    show(run(threads=int(sys.argv[1]) if len(sys.argv) > 1 else THREADS))

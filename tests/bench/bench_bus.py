@@ -2,13 +2,12 @@
 
 Both talk in turns, tick by tick in one run, to the same emulated servos in a process of their own, which keeps to
 the wire's speed of 1 Mbaud. Wall time is what a tick waits, CPU time what it burns meanwhile. The servos' process
-wakes up late on a busy machine, and both pay for that: the last line measures it by itself. Before each tick of
+wakes up late on a busy machine, and both pay for that: the last line of the table is what nobody can go below. Before each tick of
 the SDK the input is emptied for it, outside the measurement: by itself it takes a late reply to the last request for
 the reply to this one, and from then on runs one tick behind (in 0.1 ms, which would flatter it).
-Run: python tests/bench/bench_bus.py [--ticks 1000]
+`python -m tests.bench.bench_bus [TICKS]` prints the table; `run()` returns the figures.
 """
 
-import argparse
 import os
 import subprocess
 import sys
@@ -27,8 +26,7 @@ from firmware_bridge.serial_port import close_port, open_port
 IDS = (1, 2, 3, 4, 5, 6)
 BAUDRATE = 1_000_000
 GOAL_RAW = 2048
-WALL_BUDGET_OVER_WIRE_MS = 0.5
-CPU_BUDGET_RATIO = 0.2
+TICKS = 1000
 
 SERVE = """
 import contextlib, os
@@ -144,20 +142,20 @@ BUSES: dict[str, tuple[str, Callable[[str], Any]]] = {
 }
 
 
-def run(ticks: int = 1000) -> dict[str, Any]:
-    """Measure; returns milliseconds and the ratio of CPU times, with the budgets."""
+def run(ticks: int = TICKS) -> dict[str, Any]:
+    """Measure; returns milliseconds and the ratio of CPU times."""
+    rounds = 5
+    results: dict[str, dict[str, list[float]]] = {name: {"wall": [], "cpu": []} for name in BUSES}
     with subprocess.Popen([sys.executable, "-c", SERVE], stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
-        path = server.stdout.readline().strip()
-        rounds = 5
-        results: dict[str, dict[str, list[float]]] = {}
-        for _ in range(rounds):  # in turns, so that both see the same machine
-            for name, (_, make) in BUSES.items():
-                measured = measure(make, path, ticks // rounds)
-                kept = results.setdefault(name, {"wall": [], "cpu": []})
-                for key, values in measured.items():
-                    kept[key] += values
-        server.terminate()
+        try:
+            path = server.stdout.readline().strip()
+            for _round in range(rounds):  # in turns, so that all see the same machine
+                for name, (_, make) in BUSES.items():
+                    for key, values in measure(make, path, ticks // rounds).items():
+                        results[name][key] += values
+        finally:
+            server.terminate()
     figures: dict[str, Any] = {"ticks": ticks, "wire_ms": wire_ms()}
     for name, kept in results.items():
         figures[name] = {
@@ -167,9 +165,7 @@ def run(ticks: int = 1000) -> dict[str, Any]:
             "good": len(kept["wall"]) / ticks,
         }
     figures["cpu_ratio"] = figures["ours"]["cpu_mean_ms"] / figures["sdk"]["cpu_mean_ms"]
-    figures["cpu_ratio_budget"] = CPU_BUDGET_RATIO
     figures["wall_over_wire_ms"] = figures["ours"]["wall_ms"]["p50"] - figures["wire_ms"]
-    figures["wall_over_wire_budget_ms"] = WALL_BUDGET_OVER_WIRE_MS
     return figures
 
 
@@ -177,10 +173,8 @@ def summary(values: list[float]) -> dict[str, float]:
     return {"p50": float(np.percentile(values, 50)), "p99": float(np.percentile(values, 99))}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--ticks", type=int, default=1000)
-    figures = run(parser.parse_args().ticks)
+def show(figures: dict[str, Any]) -> None:
+    """Print the table."""
     print(f"servo transaction, {len(IDS)} joints, {figures['ticks']} ticks, wire time {figures['wire_ms']:.2f} ms\n")
     print(f"| {'':26} | wall p50 ms | wall p99 ms | CPU mean ms | CPU p99 ms | good ticks |")
     print(f"|{'-' * 28}|------------:|------------:|------------:|-----------:|-----------:|")
@@ -192,10 +186,9 @@ def main() -> None:
             f"| {cpu['p99']:10.3f} | {row['good']:10.1%} |"
         )
     print(
-        f"\nCPU: {figures['cpu_ratio']:.2f} of the SDK's (budget {CPU_BUDGET_RATIO}); wall p50: wire time "
-        f"+ {figures['wall_over_wire_ms']:.2f} ms (budget {WALL_BUDGET_OVER_WIRE_MS})"
+        f"\nCPU: {figures['cpu_ratio']:.2f} of the SDK's; wall p50: wire time + {figures['wall_over_wire_ms']:.2f} ms"
     )
 
 
 if __name__ == "__main__":
-    main()
+    show(run(int(sys.argv[1]) if len(sys.argv) > 1 else TICKS))

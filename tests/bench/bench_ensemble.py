@@ -97,11 +97,12 @@ def _least_us(call: Callable[[], object], count: int = 500, rounds: int = 9) -> 
     return best
 
 
-def main() -> None:
+def show(figures: dict[str, Any]) -> None:
+    """Print the table."""
     print(f"{'one call, 6 joints':<44}{'us':>8}")
-    for name, cost_us in run().items():
+    for name, cost_us in figures.items():
         print(f"  {name:<42}{cost_us:>8.1f}")
 
 
 if __name__ == "__main__":
-    main()
+    show(run())

@@ -1,13 +1,12 @@
 """How evenly `execute` ticks while inference, cameras and other programs take their share of two cores.
 
-`python -m tests.bench.bench_execute` prints the table; `run()` returns the figures. The whole virtual cell runs, with
+`python -m tests.bench.bench_execute` prints the table (`... 60` for 60 s a row); `run()` returns the figures. The whole virtual cell runs, with
 its policy, first alone and then with busy programs on every core; beside it, in the same seconds, runs a loop paced as
 a plain Python loop is: work, then sleep for what is left of the period, taken anew from each cycle's own start.
 """
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import os
 import sys
@@ -26,10 +25,11 @@ from device.messages import Mode
 from device.observer import Observer
 
 RATE_HZ = 60
+SECONDS = 20.0
 WORK_S = 0.003  # of the plain loop: about what a tick of execute takes
 
 
-def run(seconds: float = 20.0) -> dict[str, Any]:
+def run(seconds: float = SECONDS) -> dict[str, Any]:
     """Lateness, interval deviation and rate, for each load."""
     figures: dict[str, Any] = {"cores": os.cpu_count(), "seconds": seconds}
     with tempfile.TemporaryDirectory(dir="/dev/shm") as folder, running_cell(Path(folder)) as cell:
@@ -96,10 +96,8 @@ def _burn(stop: Event) -> None:
         sum(range(10_000))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=20.0)
-    figures = run(parser.parse_args().seconds)
+def show(figures: dict[str, Any]) -> None:
+    """Print the tables."""
     print(f"{figures['cores']} cores, 60 Hz, SCHED_FIFO {'granted' if figures['fifo'] else 'refused'}")
     print(f"{'':<32}{'ticks':>7}{'missed':>8}{'late p50':>10}{'p99':>8}{'p99.9':>9}{'max us':>9}{'inference ms':>14}")
     loads = {name: figure for name, figure in figures.items() if isinstance(figure, dict)}
@@ -120,4 +118,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    show(run(float(sys.argv[1]) if len(sys.argv) > 1 else SECONDS))

@@ -50,7 +50,7 @@ def run(fifo: bool = False) -> dict[str, Any]:
     """
     with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
         path = Path(folder)
-        figures: dict[str, Any] = {"load_average": os.getloadavg()[0], "cores": os.cpu_count()}
+        figures: dict[str, Any] = {"load_average": os.getloadavg()[0], "cores": os.cpu_count(), "fifo": fifo}
         for name, dtype, count, rate in (
             ("frame", FRAME, FRAMES, FRAME_HZ),
             ("joints", JOINTS, RECORDS, RECORD_HZ),
@@ -329,10 +329,9 @@ def _least_us(call: Callable[[], object], count: int = 1000, tries: int = 7) -> 
     return least
 
 
-def main() -> None:
-    fifo = "--fifo" in sys.argv[1:]
-    figures = run(fifo)
-    policy = "SCHED_FIFO" if fifo else "SCHED_OTHER"
+def show(figures: dict[str, Any]) -> None:
+    """Print the tables."""
+    policy = "SCHED_FIFO" if figures["fifo"] else "SCHED_OTHER"
     print(f"{figures['cores']} cores, {policy}, load {figures['load_average']:.1f}, Python {sys.version.split()[0]}")
     for name, title in (
         ("frame", f"640x480x3 frame ({FRAME.itemsize} B) at {FRAME_HZ:.0f} Hz"),
@@ -356,4 +355,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    show(run("--fifo" in sys.argv[1:]))
