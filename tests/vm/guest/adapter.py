@@ -11,7 +11,6 @@ import contextlib
 import os
 import select
 import subprocess
-import sys
 import threading
 import time
 import tty
@@ -19,6 +18,7 @@ from pathlib import Path
 
 from firmware_bridge.serial_port import open_port
 from tests.vm.guest.checks import wait_for, wait_for_path
+from tests.vm.guest.role import UNDERSTUDY
 
 SERIAL = "5A46083062"
 BY_ID = f"/dev/serial/by-id/usb-QinHeng_USB_Single_Serial_{SERIAL}-if00"
@@ -36,8 +36,8 @@ class Adapter:
         work.mkdir(parents=True, exist_ok=True)
         self._create_gadget()
         servo_link = work / "servos"
-        command = [sys.executable, "-c", "from device.cli import main; main()", "virtual-servos"]
-        self._servos = subprocess.Popen([*command, "--ids", ids, "--link", str(servo_link)], stdout=subprocess.DEVNULL)
+        command = [*UNDERSTUDY, "virtual-servos", "--ids", ids, "--link", str(servo_link)]
+        self._servos = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         wait_for(servo_link.exists, 30, "the virtual servos' pty")
         self._bus = open_port(str(servo_link), BAUDRATE)
         threading.Thread(target=self._carry_for_ever, daemon=True).start()

@@ -14,7 +14,8 @@ import numpy as np
 import simplejpeg
 
 from tests.vm.guest.checks import Check, CheckFailedError, check, wait_for_path
-from tests.vm.guest.role import CaptureRole, Seen, delays_ms, gaps, rate_hz, steady, write_cell
+from tests.vm.guest.frames import CaptureRole, Seen, delays_ms, gaps, rate_hz, steady
+from tests.vm.guest.role import write_cell
 
 WORK = Path("/run/check-vivid")
 DEVICE = "/dev/video0"

@@ -17,7 +17,8 @@ import numpy as np
 import simplejpeg
 
 from tests.vm.guest.checks import Check, check, wait_for_path
-from tests.vm.guest.role import CaptureRole, delays_ms, gaps, rate_hz, steady, write_cell
+from tests.vm.guest.frames import CaptureRole, delays_ms, gaps, rate_hz, steady
+from tests.vm.guest.role import write_cell
 from tests.vm.guest.webcam import LEFT_RGB, RIGHT_RGB, by_id, pictures, without_huffman_tables
 
 WORK = Path("/run/check-webcams")
