@@ -142,29 +142,27 @@ def check_absent(adapter: Adapter) -> None:
 
 def check_execute(adapter: Adapter) -> None:
     """The real control loop: it keeps its ticks while the bus is away, says so once, and takes the arm again."""
-    with check("the execute role: adapter pulled out for 2 s, ticks go on, bus back") as row:
-        with Role("execute", write_cell(WORK / "cell", {}, port=BY_ID)) as role:
-            role.wait_for_event("execute.ready")
-            ticks, joints = role.topic("ticks"), role.topic("joints")
-            time.sleep(1)
-            before, (_, cursor, _) = len(role.events), ticks.since(0)
-            adapter.pull_out()
-            lost = role.wait_for_event("bus.lost", before)
-            time.sleep(2)
-            adapter.plug_in()
-            back = role.wait_for_event("bus.back", before)
-            time.sleep(1)
-            made, _, _ = ticks.since(cursor)
-            pause_s = float(np.diff(made["t_ns"]).max()) / 1e9
-            newest = joints.latest()
-            row.note(f"away {back.t_s - lost.t_s:.1f} s, {len(made)} ticks, longest pause {pause_s * 1e3:.0f} ms")
-            row.note(f"mode then {Mode(int(made['mode'][-1])).name.lower()}")
-            row.expect(
-                [name for name in role.names(before) if name.startswith("bus.")] == BUS_EVENTS, f"{role.names()}"
-            )
-            row.expect(pause_s < 0.5, "the loop has stood still")
-            row.expect(newest is not None and bool(newest["valid"].all()), "joints are silent afterwards")
-            row.expect(made["mode"][-1] == Mode.FAULT, "the arm moves on without being asked")
+    name = "the execute role: adapter pulled out for 2 s, ticks go on, bus back"
+    with check(name) as row, Role("execute", write_cell(WORK / "cell", {}, port=BY_ID)) as role:
+        role.wait_for_event("execute.ready")
+        ticks, joints = role.topic("ticks"), role.topic("joints")
+        time.sleep(1)
+        before, (_, cursor, _) = len(role.events), ticks.since(0)
+        adapter.pull_out()
+        lost = role.wait_for_event("bus.lost", before)
+        time.sleep(2)
+        adapter.plug_in()
+        back = role.wait_for_event("bus.back", before)
+        time.sleep(1)
+        made, _, _ = ticks.since(cursor)
+        pause_s = float(np.diff(made["t_ns"]).max()) / 1e9
+        newest = joints.latest()
+        row.note(f"away {back.t_s - lost.t_s:.1f} s, {len(made)} ticks, longest pause {pause_s * 1e3:.0f} ms")
+        row.note(f"mode then {Mode(int(made['mode'][-1])).name.lower()}")
+        row.expect([name for name in role.names(before) if name.startswith("bus.")] == BUS_EVENTS, f"{role.names()}")
+        row.expect(pause_s < 0.5, "the loop has stood still")
+        row.expect(newest is not None and bool(newest["valid"].all()), "joints are silent afterwards")
+        row.expect(made["mode"][-1] == Mode.FAULT, "the arm moves on without being asked")
 
 
 def main() -> None:
