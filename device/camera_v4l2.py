@@ -78,10 +78,10 @@ class V4l2Source:
             # poll() reports an error of the stream as readable, and would do so again at once, for ever.
             raise OSError(errno.EIO, f"{self._who} has stopped streaming") from None
         self._held = buffer
-        if not self._stamps_checked:
-            self._check_stamp(buffer)
         t_ns = buffer.timestamp.secs * 1_000_000_000 + buffer.timestamp.usecs * 1_000
         error = bool(buffer.flags & v4l2.BufferFlag.ERROR)
+        if not error and not self._stamps_checked:
+            self._check_stamp(buffer.flags, t_ns)
         data = b"" if error else self._jpeg(buffer)
         return Frame(data, t_ns, buffer.sequence, self._config.width, self._config.height, error or not data)
 
@@ -200,10 +200,12 @@ class V4l2Source:
             index, self._held = self._held.index, None
             v4l2.enqueue_buffer(self._device, _CAPTURE, _MMAP, 0, index)
 
-    def _check_stamp(self, buffer: Any) -> None:
-        """Refuse a driver whose time stamps are not of the clock that all times of the cell are in."""
-        kind = buffer.flags & v4l2.BufferFlag.TIMESTAMP_MASK
-        t_ns = buffer.timestamp.secs * 1_000_000_000 + buffer.timestamp.usecs * 1_000
+    def _check_stamp(self, flags: int, t_ns: int) -> None:
+        """Refuse a driver whose time stamps are not of the clock that all times of the cell are in.
+
+        The flag alone is not enough: uvcvideo sets it whatever clock it has been told to stamp with.
+        """
+        kind = flags & v4l2.BufferFlag.TIMESTAMP_MASK
         if kind != v4l2.BufferFlag.TIMESTAMP_MONOTONIC or abs(time.monotonic_ns() - t_ns) > _LARGEST_AGE_NS:
             raise ConfigError(
                 f"{self._who} ({self._card}) does not stamp its frames with CLOCK_MONOTONIC, so that they cannot be "
