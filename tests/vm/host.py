@@ -2,7 +2,7 @@
 
 `require` is called before anything else: it says in one sentence why the virtual machine cannot run here, and that is
 exit code 2, not a failure of the project. Packages come from the host's own apt sources and are installed only where
-they are missing. `step` prints what is being done and how long it took.
+they are missing. `step` prints what is being done, that it still is, and how long it took.
 """
 
 from __future__ import annotations
@@ -13,12 +13,14 @@ import platform
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[2]
 CACHE = REPOSITORY / ".cache" / "vm"
+DOT_S = 5  # a dot so often says that a long step is still at work
 GUEST_PYTHON = (3, 11)  # Debian 12's; compiled wheels of the environment must fit it
 
 
@@ -31,12 +33,22 @@ def step(what: str) -> Iterator[None]:
     """Say what is being done now, and afterwards how long it took."""
     print(f"  {what} ...", end="", flush=True)
     start = time.monotonic()
+    over = threading.Event()
+    dots = threading.Thread(target=_dots, args=(over,), daemon=True)
+    dots.start()
+    result = " failed after"
     try:
         yield
-    except BaseException:
-        print(f" failed after {time.monotonic() - start:.1f} s", flush=True)
-        raise
-    print(f" {time.monotonic() - start:.1f} s", flush=True)
+        result = ""
+    finally:
+        over.set()
+        dots.join()
+        print(f"{result} {time.monotonic() - start:.1f} s", flush=True)
+
+
+def _dots(over: threading.Event) -> None:
+    while not over.wait(DOT_S):
+        print(".", end="", flush=True)
 
 
 def require() -> None:
