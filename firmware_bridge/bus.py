@@ -10,6 +10,7 @@ Writing a goal switches a servo's torque on by itself (STS firmware): do not wri
 """
 
 import errno
+import fcntl
 import os
 import select
 import termios
@@ -22,11 +23,12 @@ import numpy.typing as npt
 
 from firmware_bridge import packets, registers
 from firmware_bridge.serial_port import PortUnavailable, close_port, open_port, set_wake_bytes
+from firmware_bridge.transactions import FeedbackDecoder, ServoState, SyncWriteTemplate
 
 __all__ = ["BusCounters", "BusLost", "PortUnavailable", "ServoBus", "ServoState"]
 
 # What an adapter may add to the wire time: USB frames of 1 ms, bursts, FTDI's latency timer at 1 ms,
-# the servos' return delay, our own scheduling. Measured adapters stay under 3 ms.
+# the servos' return delay, our own scheduling. An estimate; a cell may give its own timeout.
 REPLY_MARGIN_S = 0.005
 
 # Replies carry no sequence number, so a reply that comes after its deadline looks like one to the next
@@ -37,47 +39,11 @@ _BLOCKS = ((56, 15), (55, 16), (55, 17))
 _MAX_VMIN = 255
 _QUIET_WAITS = 2  # milliseconds without a byte after which a burst of replies is over (USB frames are 1 ms)
 _READ_SIZE = 4096
-
-Int32Array = npt.NDArray[np.int32]
-UInt8Array = npt.NDArray[np.uint8]
-BoolArray = npt.NDArray[np.bool_]
+_NO_BYTES = bytes(4)  # what FIONREAD answers when nothing has come
 
 
 class BusLost(OSError):  # noqa: N818 - a state of the world that the loop lives with, not a mistake
     """The adapter is gone (unplugged, or the other end closed). Hold, then `reopen` until it is back."""
-
-
-@dataclass
-class ServoState:
-    """The last known state of each servo, in the order of the ids given to the bus.
-
-    The arrays are allocated once and overwritten in place by every read: copy what must be kept.
-    `t_ns` is CLOCK_MONOTONIC when the last byte of the newest read was in this process;
-    `t_request_ns` is when its request was handed to the kernel. A servo samples its own values
-    between the two, about (index + 1) reply times after the request.
-    """
-
-    count: int
-    t_ns: int = 0
-    t_request_ns: int = 0
-    position_raw: Int32Array = field(init=False)  # ticks of 4096 a turn, homing offset subtracted
-    velocity_raw: Int32Array = field(init=False)  # ticks a second
-    load_raw: Int32Array = field(init=False)  # 0.1 % of full PWM, signed by direction
-    current_raw: Int32Array = field(init=False)  # 6.5 mA, signed by direction
-    voltage_raw: UInt8Array = field(init=False)  # 0.1 V
-    temperature_raw: UInt8Array = field(init=False)  # degrees Celsius
-    status: UInt8Array = field(init=False)  # register 65: registers.ERROR_*
-    moving: UInt8Array = field(init=False)  # 0 or 1
-    error: UInt8Array = field(init=False)  # error byte of the status packet: registers.ERROR_*
-    valid: BoolArray = field(init=False)  # a good reply of the newest read, and not an older value
-
-    def __post_init__(self) -> None:
-        # Two blocks with the fields as rows, so that a read stores all of them in two assignments.
-        self.signed_block: Int32Array = np.zeros((4, self.count), np.int32)
-        self.byte_block: UInt8Array = np.zeros((5, self.count), np.uint8)
-        self.position_raw, self.velocity_raw, self.load_raw, self.current_raw = self.signed_block
-        self.voltage_raw, self.temperature_raw, self.status, self.moving, self.error = self.byte_block
-        self.valid = np.zeros(self.count, np.bool_)
 
 
 @dataclass
@@ -122,12 +88,16 @@ class ServoBus:
             len(self._requests[0]) + count * (_BLOCKS[0][1] + packets.OVERHEAD), baudrate
         )
         self.timeout_s = self._wire_s + REPLY_MARGIN_S if timeout_s is None else timeout_s
+        # One wake-up in the good case. Where a byte is missing the kernel does not wake us, so the first wait of a
+        # read ends when all should be there by the wire's speed; _read_piecewise has the rest of the time.
+        self._first_wait_ms = min(int(self._wire_s * 1e3) + 2, int(self.timeout_s * 1e3) + 1)
         self.state = ServoState(count)
         self.counters = BusCounters(timeouts_by_servo=[0] * count, checksum_errors_by_servo=[0] * count)
-        self._decoders = [_BlockDecoder(self.ids, address, size) for address, size in _BLOCKS]
+        self._decoders = [FeedbackDecoder(self.ids, address, size) for address, size in _BLOCKS]
+        self._no_errors = bytes(count)
         self._block = 0
-        self._goals = _SyncWriteTemplate(self.ids, registers.GOAL_POSITION)
-        self._torque = _SyncWriteTemplate(self.ids, registers.TORQUE_ENABLE)
+        self._goals = SyncWriteTemplate(self.ids, registers.GOAL_POSITION)
+        self._torque = SyncWriteTemplate(self.ids, registers.TORQUE_ENABLE)
         self._descriptor = -1
         self._poll = select.poll()
         self._open()
@@ -144,14 +114,12 @@ class ServoBus:
         state.t_request_ns = time.monotonic_ns()
         self._send(self._requests[self._block])
         deadline_ns = state.t_request_ns + int(self.timeout_s * 1e9)
-        # One wake-up in the good case. Where a byte is missing the kernel does not wake us, so this wait
-        # ends when all should be there by the wire's speed; _read_piecewise has the rest of the time.
-        self._poll.poll(min(int(self._wire_s * 1e3) + 2, int(self.timeout_s * 1e3) + 1))
+        self._poll.poll(self._first_wait_ms)
         data = self._read_available(decoder.total_size)
         self.counters.reads += 1
         if not decoder.decode_whole(data, state):
             self._read_piecewise(decoder, data, deadline_ns)
-        if state.error.any():
+        if state.error.tobytes() != self._no_errors:
             self.counters.servo_errors += int(np.count_nonzero(state.error[state.valid]))
         return state
 
@@ -201,7 +169,7 @@ class ServoBus:
         except (OSError, termios.error) as error:
             raise self._lost(error) from error
 
-    def _read_piecewise(self, decoder: "_BlockDecoder", data: bytes, deadline_ns: int) -> None:
+    def _read_piecewise(self, decoder: FeedbackDecoder, data: bytes, deadline_ns: int) -> None:
         """The slow path: something is missing, damaged or in between. Take what is good."""
         state = self.state
         state.valid[:] = False
@@ -263,7 +231,12 @@ class ServoBus:
 
     def _discard_input(self) -> None:
         """Late bytes of an earlier transaction and noise are not for this one."""
-        self.counters.garbage_bytes += len(self._read_available(_READ_SIZE))
+        try:
+            waiting = fcntl.ioctl(self._descriptor, termios.FIONREAD, _NO_BYTES)
+        except (OSError, ValueError) as error:
+            raise self._lost(error) from error
+        if waiting != _NO_BYTES:
+            self.counters.garbage_bytes += len(self._read_available(_READ_SIZE))
 
     def _send(self, packet: bytes | bytearray) -> None:
         try:
@@ -279,83 +252,3 @@ class ServoBus:
     def _lost(self, error: Exception) -> BusLost:
         self.state.valid[:] = False
         return BusLost(errno.ENODEV, f"{self.port}: the servo adapter is gone ({error}); waiting for its return")
-
-
-class _BlockDecoder:
-    """Decodes the replies to one kind of request, all servos at once or one by one."""
-
-    # Where the fields lie, counted from address 56, in the order of ServoState's two blocks.
-    _WORDS = ("Present_Position", "Present_Velocity", "Present_Load", "Present_Current")
-    _BYTES = ("Present_Voltage", "Present_Temperature", "Status", "Moving")
-
-    def __init__(self, ids: tuple[int, ...], address: int, size: int) -> None:
-        self.size = size
-        self.packet_size = size + packets.OVERHEAD
-        self.total_size = len(ids) * self.packet_size
-        self._index = {servo_id: index for index, servo_id in enumerate(ids)}
-        self._shape = (len(ids), self.packet_size)
-        self._heads = b"".join(bytes((0xFF, 0xFF, servo_id, size + 2)) for servo_id in ids)
-        data_at = 5 - address  # the packet's data begin at byte 5
-        words = [registers.register(name) for name in self._WORDS]
-        low_bytes = [word.address + data_at for word in words]
-        byte_at = [registers.register(name).address + data_at for name in self._BYTES] + [4]  # 4: the error byte
-        self._columns = np.array([column for low in low_bytes for column in (low, low + 1)] + byte_at)
-        self._sign_bits = np.array([[1 << (word.sign_bit or 0)] for word in words], np.int32)
-
-    def decode_whole(self, data: bytes, state: ServoState) -> bool:
-        """Store all replies if `data` is exactly the replies of all servos in order, and nothing else."""
-        if len(data) != self.total_size:
-            return False
-        rows = np.frombuffer(data, np.uint8).reshape(self._shape)
-        if rows[:, :4].tobytes() != self._heads:
-            return False
-        # From id to checksum a good packet adds up to 255 modulo 256, since the checksum is the complement.
-        if (np.add.reduce(rows[:, 2:], axis=1, dtype=np.uint8) != 0xFF).any():
-            return False
-        self._store(rows, slice(None), state)
-        return True
-
-    def decode_one(self, packet: packets.Packet, state: ServoState) -> None:
-        """Store one servo's reply."""
-        row = np.frombuffer(packets.status(packet.servo_id, packet.code, packet.data), np.uint8)
-        index = self._index[packet.servo_id]
-        self._store(row.reshape(1, self.packet_size), slice(index, index + 1), state)
-
-    def _store(self, rows: UInt8Array, servos: slice, state: ServoState) -> None:
-        fields = rows.take(self._columns, axis=1)
-        words = fields[:, :8].view("<u2").T.astype(np.int32)
-        negative = (words & self._sign_bits) != 0
-        words &= self._sign_bits - 1
-        np.negative(words, out=words, where=negative)
-        state.signed_block[:, servos] = words
-        state.byte_block[:, servos] = fields[:, 8:].T
-        state.valid[servos] = True
-
-
-class _SyncWriteTemplate:
-    """A sync write to always the same servos and register, of which only values and checksum change."""
-
-    def __init__(self, ids: tuple[int, ...], register: registers.Register) -> None:
-        self._register = register
-        empty = bytes(register.size)
-        self._packet = bytearray(packets.sync_write(ids, register.address, [empty] * len(ids)))
-        self._bytes = np.frombuffer(self._packet, np.uint8)
-        self._values = self._bytes[7:-1].reshape(len(ids), 1 + register.size)[:, 1:]
-        self._limit = (1 << (8 * register.size if register.sign_bit is None else register.sign_bit)) - 1
-
-    def fill(self, values: npt.ArrayLike) -> bytearray:
-        """The packet that writes integer `values` [J]. Valid until the next call."""
-        numbers = np.asarray(values)
-        if numbers.dtype.kind not in "iub" or numbers.shape != (len(self._values),):
-            raise ValueError(
-                f"{self._register.name} takes {len(self._values)} integers, got {numbers.dtype} {numbers.shape}"
-            )
-        numbers = numbers.astype(np.int32)
-        magnitude = np.abs(numbers)
-        if magnitude.max() > self._limit or (self._register.sign_bit is None and numbers.min() < 0):
-            raise ValueError(f"{self._register.name} does not take {numbers.tolist()}")
-        if self._register.sign_bit is not None:
-            magnitude |= (numbers < 0).astype(np.int32) << self._register.sign_bit
-        self._values[:] = magnitude.astype("<u4").view(np.uint8).reshape(-1, 4)[:, : self._register.size]
-        self._bytes[-1] = ~int(self._bytes[2:-1].sum()) & 0xFF
-        return self._packet

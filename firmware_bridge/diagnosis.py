@@ -9,9 +9,8 @@ the SDK keeps a core busy while it waits; the two must not use a port at the sam
 import contextlib
 import fcntl
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import scservo_sdk
 
@@ -20,8 +19,10 @@ from firmware_bridge.registers import Register
 from firmware_bridge.serial_port import PortUnavailable, close_port, open_port
 
 # The maker's order is by speed; servos of an arm are nearly always at the first.
-LATE_REPLY_S = 0.05
 SCAN_BAUDRATES = registers.BAUDRATES
+# A person's time is cheap against a false alarm: a register is asked for so often before its servo is called silent.
+ATTEMPTS = 3
+LATE_REPLY_S = 0.05
 
 
 class ServoError(OSError):
@@ -89,8 +90,16 @@ class ServoTool:
     def read(self, servo_id: int, name: str) -> int:
         """A register's signed value. Its servo's error byte is in `last_error`. Raises ServoSilentError."""
         register = registers.register(name)
-        data, result, self.last_error = self._packets.readTxRx(self._handler, servo_id, register.address, register.size)
-        self._check(result, servo_id, f"reading {name}")
+        data: list[int] = []
+
+        def attempt() -> int:
+            nonlocal data
+            data, result, self.last_error = self._packets.readTxRx(
+                self._handler, servo_id, register.address, register.size
+            )
+            return int(result)
+
+        self._try(attempt, servo_id, f"reading {name}", ATTEMPTS)
         if len(data) != register.size:
             raise ServoSilentError(f"{self.port}: servo {servo_id} answered {len(data)} bytes for {name}")
         return register.decode(bytes(data))
@@ -171,15 +180,24 @@ class ServoTool:
             raise ServoError(f"{self.port}: servo {servo_id} keeps {kept} in {name} instead of {value}")
 
     def _write(self, servo_id: int, register: Register, data: bytes) -> None:
-        result, self.last_error = self._packets.writeTxRx(
-            self._handler, servo_id, register.address, register.size, list(data)
-        )
-        self._check(result, servo_id, f"writing {register.name}")
+        def attempt() -> int:
+            result, self.last_error = self._packets.writeTxRx(
+                self._handler, servo_id, register.address, register.size, list(data)
+            )
+            return int(result)
 
-    def _check(self, result: Any, servo_id: int, doing: str) -> None:
-        if result != scservo_sdk.COMM_SUCCESS:
+        # A servo that has obeyed a change of id or speed, unheard, would not answer a second time.
+        attempts = 1 if register.name in ("ID", "Baud_Rate") else ATTEMPTS
+        self._try(attempt, servo_id, f"writing {register.name}", attempts)
+
+    def _try(self, attempt: Callable[[], int], servo_id: int, doing: str, attempts: int) -> None:
+        result = 0
+        for _ in range(attempts):
+            result = attempt()
+            if result == scservo_sdk.COMM_SUCCESS:
+                return
             # Replies carry no number: one that comes late would be taken for the answer to the next question.
             time.sleep(LATE_REPLY_S)
             self._handler.ser.reset_input_buffer()
-            reason = self._packets.getTxRxResult(result).split("] ", 1)[-1]
-            raise ServoSilentError(f"{self.port}: servo {servo_id} at {self.baudrate} baud, {doing}: {reason}")
+        reason = self._packets.getTxRxResult(result).split("] ", 1)[-1]
+        raise ServoSilentError(f"{self.port}: servo {servo_id} at {self.baudrate} baud, {doing}: {reason}")

@@ -16,20 +16,16 @@ import numpy.typing as npt
 from firmware_bridge import registers
 from firmware_bridge.packets import InstructionScanner
 from firmware_bridge.registers import (
-    CONTROL_TABLE,
-    EEPROM_END,
     ERROR_CURRENT,
     ERROR_OVERLOAD,
     ERROR_TEMPERATURE,
     ERROR_VOLTAGE,
     MIDDLE_RAW,
-    REGISTERS,
-    TABLE_SIZE,
     TICKS_PER_TURN,
-    Register,
 )
 from firmware_bridge.servo_motion import BoolArray, FloatArray, FreePlant, MotionProfile, Plant
 from firmware_bridge.servo_protocol import Reply, execute
+from firmware_bridge.servo_registers import RegisterFile
 
 RAD_PER_TICK = 2 * np.pi / TICKS_PER_TURN
 TICKS_PER_RAD = 1 / RAD_PER_TICK
@@ -42,15 +38,7 @@ BOOT_S = 0.15  # estimate: no answer for so long after a reboot
 
 MODE_POSITION, MODE_VELOCITY = 0, 1
 _PHASE_FULL_ANGLE = 16  # Phase bit 4: feedback is not reduced to one turn (memory table, special bytes)
-_FACTORY_BLOCK = 80
-
-_TORQUE_ENABLE = registers.TORQUE_ENABLE.address
-_GOAL_VELOCITY = REGISTERS["Goal_Velocity"].address
-_LOCK = REGISTERS["Lock"].address
-_STATUS = REGISTERS["Status"].address
-_MOVING = REGISTERS["Moving"].address
-_REG_WRITE_FLAG = REGISTERS["Reg_Write_Flag"].address
-_WRITABLE = frozenset(r.address + k for r in CONTROL_TABLE if r.writable for k in range(r.size))
+_GOAL_VELOCITY = registers.register("Goal_Velocity").address
 
 
 class ServoBank:
@@ -74,8 +62,7 @@ class ServoBank:
         self.time_s = 0.0
         self.temperature_deg: FloatArray = np.full(count, ambient_deg)
         self.forced_error = np.zeros(count, np.uint8)  # faults injected from outside: registers.ERROR_*
-        self._table = np.zeros((count, TABLE_SIZE), np.uint8)
-        self._saved = np.zeros((count, EEPROM_END), np.uint8)
+        self._registers = RegisterFile(list(ids))
         self._reg_writes: list[tuple[int, bytes] | None] = [None] * count
         self._ready_s: FloatArray = np.zeros(count)
         self._profile = MotionProfile(count)
@@ -88,8 +75,6 @@ class ServoBank:
         self._unprotected_s = 0.0
         self._decode_due = self._feedback_due = True
         self._scanner = InstructionScanner()
-        for index, servo_id in enumerate(ids):
-            self._power_up_new(index, servo_id)
         self._decode()
 
     # -- registers ---------------------------------------------------------------------------------
@@ -97,11 +82,11 @@ class ServoBank:
     @property
     def ids(self) -> list[int]:
         """The servos' ids as they are now, in the order of the plant."""
-        return [int(servo_id) for servo_id in self._column("ID")]
+        return [int(servo_id) for servo_id in self._registers.column("ID")]
 
     def baudrate(self, index: int) -> int:
         """The baud rate that the servo at `index` listens at."""
-        return registers.BAUDRATES[min(int(self._column("Baud_Rate")[index]), len(registers.BAUDRATES) - 1)]
+        return registers.BAUDRATES[min(int(self._registers.column("Baud_Rate")[index]), len(registers.BAUDRATES) - 1)]
 
     def read_register(self, servo_id: int, name: str) -> int:
         """A register's signed value, as a read over the wire would give it."""
@@ -121,7 +106,11 @@ class ServoBank:
 
     def reboot_at(self, index: int) -> None:
         """As `reboot`, for the servo at that place in the bank."""
-        self._load_power_up_values(index)
+        self._registers.power_up(index)
+        self._reg_writes[index] = None
+        self._overloaded[index] = False
+        self._overload_s[index] = self._overcurrent_s[index] = 0.0
+        self._decode_due = self._feedback_due = True
         self._ready_s[index] = self.time_s + BOOT_S
 
     # -- protocol ----------------------------------------------------------------------------------
@@ -133,7 +122,7 @@ class ServoBank:
         """
         replies: list[Reply] = []
         for packet in self._scanner.feed(data):
-            hearing = [i for i in range(len(self._table)) if i not in deaf and self._ready_s[i] <= self.time_s]
+            hearing = [i for i in range(len(self.forced_error)) if i not in deaf and self._ready_s[i] <= self.time_s]
             replies += execute(packet, self, hearing)
         return replies
 
@@ -145,38 +134,30 @@ class ServoBank:
         """`size` bytes of the control table of the servo at `index`; zeros beyond its end."""
         if self._feedback_due:
             self._store_feedback()
-        data = self._table[index, address : address + size].tobytes()
-        return data + bytes(size - len(data))
+        return self._registers.read(index, address, size)
 
     def write_bytes(self, index: int, address: int, data: bytes) -> None:
         """Write into the control table with all effects; read-only bytes in between are left alone."""
-        touched = set(range(address, min(address + len(data), TABLE_SIZE))) & _WRITABLE
-        if not touched:
-            return
-        was_on = bool(self._table[index, _TORQUE_ENABLE])
-        for at in touched:
-            self._table[index, at] = data[at - address]
-        if _TORQUE_ENABLE in touched:
-            self._switch_torque(index, int(self._table[index, _TORQUE_ENABLE]), was_on)
+        torque = self._registers.column("Torque_Enable")
+        was_on = bool(torque[index])
+        touched = self._registers.write(index, address, data)
+        if registers.TORQUE_ENABLE.address in touched:
+            self._switch_torque(index, int(torque[index]), was_on)
         elif registers.GOAL_POSITION.address in touched or (
-            _GOAL_VELOCITY in touched and self._column("Operating_Mode")[index] == MODE_VELOCITY
+            _GOAL_VELOCITY in touched and self._registers.column("Operating_Mode")[index] == MODE_VELOCITY
         ):
-            self._table[index, _TORQUE_ENABLE] = 1  # any goal is a motion command
-        if not self._table[index, _LOCK]:
-            for at in touched:
-                if at < EEPROM_END:
-                    self._saved[index, at] = self._table[index, at]
+            torque[index] = 1  # any goal is a motion command
         self._decode_due = self._feedback_due = True
 
     def request_action(self, index: int, write: tuple[int, bytes] | None) -> tuple[int, bytes] | None:
         """Keep a REG_WRITE until its ACTION; returns the one kept before."""
         kept, self._reg_writes[index] = self._reg_writes[index], write
-        self._table[index, _REG_WRITE_FLAG] = write is not None
+        self._registers.column("Reg_Write_Flag")[index] = write is not None
         return kept
 
     def error(self, index: int) -> int:
         """The error byte of the servo's replies."""
-        return int(self._table[index, _STATUS])
+        return int(self._registers.column("Status")[index])
 
     # -- time --------------------------------------------------------------------------------------
 
@@ -251,15 +232,15 @@ class ServoBank:
         if status.any():
             off = (status & self._unload & (ERROR_TEMPERATURE | ERROR_CURRENT | ERROR_VOLTAGE)) != 0
             if (off & self._torque_on).any():
-                self._table[off, _TORQUE_ENABLE] = 0
+                self._registers.column("Torque_Enable")[off] = 0
                 self._decode_due = True
-        self._table[:, _STATUS] = status
+        self._registers.column("Status")[:] = status
 
     def _present_status(self) -> npt.NDArray[np.uint8]:
         voltage_raw, temperature = self._voltage_raw(), self._temperature()
-        low, high = self._column("Min_Voltage_Limit"), self._column("Max_Voltage_Limit")
+        low, high = self._registers.column("Min_Voltage_Limit"), self._registers.column("Max_Voltage_Limit")
         status = np.where((voltage_raw < low) | (voltage_raw > high), ERROR_VOLTAGE, 0)
-        status |= np.where(temperature > self._column("Max_Temperature_Limit"), ERROR_TEMPERATURE, 0)
+        status |= np.where(temperature > self._registers.column("Max_Temperature_Limit"), ERROR_TEMPERATURE, 0)
         status |= np.where(self._overcurrent_s >= self._overcurrent_time_s, ERROR_CURRENT, 0)
         status |= np.where(self._overloaded, ERROR_OVERLOAD, 0)
         return status.astype(np.uint8) | self.forced_error
@@ -268,13 +249,15 @@ class ServoBank:
 
     def _voltage_raw(self) -> FloatArray:
         drop_v = SUPPLY_RESISTANCE_OHM * STALL_CURRENT_A * float(np.abs(self._effort).sum())
-        measured = np.full(len(self._table), round((self.supply_v - drop_v) / registers.VOLTAGE_UNIT_V), np.float64)
+        measured = np.full(
+            len(self.forced_error), round((self.supply_v - drop_v) / registers.VOLTAGE_UNIT_V), np.float64
+        )
         forced = (self.forced_error & ERROR_VOLTAGE) != 0
-        return np.where(forced, self._column("Min_Voltage_Limit") - 1.0, measured)
+        return np.where(forced, self._registers.column("Min_Voltage_Limit") - 1.0, measured)
 
     def _temperature(self) -> FloatArray:
         forced = (self.forced_error & ERROR_TEMPERATURE) != 0
-        return np.where(forced, self._column("Max_Temperature_Limit") + 1.0, np.rint(self.temperature_deg))
+        return np.where(forced, self._registers.column("Max_Temperature_Limit") + 1.0, np.rint(self.temperature_deg))
 
     def _store_feedback(self) -> None:
         """Bring the registers 56..70 up to date; done only when somebody reads."""
@@ -285,28 +268,25 @@ class ServoBank:
         velocity = np.rint(self.plant.velocity_rad_s * TICKS_PER_RAD)
         load = np.rint(self._effort * 1000)
         current = np.rint(self._effort * (STALL_CURRENT_A / registers.CURRENT_UNIT_A))
-        signed = (("Present_Position", position), ("Present_Velocity", velocity), ("Present_Load", load))
-        for name, values in (*signed, ("Present_Current", current), ("Goal_Position_2", self._goal_raw)):
-            self._store_words(registers.register(name), values)
-        self._table[:, REGISTERS["Present_Voltage"].address] = self._voltage_raw()
-        self._table[:, REGISTERS["Present_Temperature"].address] = np.clip(self._temperature(), 0, 255)
+        self._registers.store("Present_Position", position)
+        self._registers.store("Present_Velocity", velocity)
+        self._registers.store("Present_Load", load)
+        self._registers.store("Present_Current", current)
+        self._registers.store("Goal_Position_2", self._goal_raw)
+        self._registers.column("Present_Voltage")[:] = np.clip(self._voltage_raw(), 0, 255)
+        self._registers.column("Present_Temperature")[:] = np.clip(self._temperature(), 0, 255)
         unfinished = self._torque_on & (self._profile.velocity != 0)
-        threshold = self._column("Moving_Velocity_Threshold") * 50.0
-        self._table[:, _MOVING] = unfinished | (np.abs(velocity) > threshold)
-
-    def _store_words(self, register: Register, values: FloatArray) -> None:
-        sign_bit = register.sign_bit or 15
-        magnitude = np.minimum(np.abs(values), (1 << sign_bit) - 1).astype(np.uint16)
-        words = magnitude | np.where(values < 0, 1 << sign_bit, 0).astype(np.uint16)
-        self._table[:, register.address] = words & 0xFF
-        self._table[:, register.address + 1] = words >> 8
+        threshold = self._registers.column("Moving_Velocity_Threshold") * 50.0
+        self._registers.column("Moving")[:] = unfinished | (np.abs(velocity) > threshold)
 
     # -- what a write changes ----------------------------------------------------------------------
 
     def _switch_torque(self, index: int, value: int, was_on: bool) -> None:
         if value == registers.TORQUE_ENABLE_CALIBRATE_MIDDLE:
-            self._table[index, _TORQUE_ENABLE] = was_on
+            self._registers.put(index, registers.TORQUE_ENABLE, was_on)
             self._calibrate_middle(index)
+            if was_on:
+                self._hold_present_position(index)
         elif value == 0:
             self._overloaded[index] = False
             self._overload_s[index] = 0.0
@@ -315,86 +295,44 @@ class ServoBank:
 
     def _hold_present_position(self, index: int) -> None:
         self._store_feedback()
-        goal = registers.GOAL_POSITION.address
-        present = registers.PRESENT_POSITION.address
-        self._table[index, goal : goal + 2] = self._table[index, present : present + 2]
+        self._registers.copy(index, registers.PRESENT_POSITION, registers.GOAL_POSITION)
 
     def _calibrate_middle(self, index: int) -> None:
         """Choose the homing offset with which the present position reads 2048."""
         self._decode()
-        offset = REGISTERS["Homing_Offset"]
+        offset = registers.register("Homing_Offset")
         actual = round(float(self._position_raw()[index])) + int(self._homing_raw[index])
         wanted = actual % TICKS_PER_TURN - MIDDLE_RAW  # so that actual - wanted is 2048
-        data = offset.encode(max(-2047, min(2047, wanted)))
-        self._table[index, offset.address : offset.address + 2] = np.frombuffer(data, np.uint8)
-        if not self._table[index, _LOCK]:
-            self._saved[index, offset.address : offset.address + 2] = np.frombuffer(data, np.uint8)
+        self._registers.write(index, offset.address, offset.encode(max(-2047, min(2047, wanted))))
         self._decode_due = True
-        if self._table[index, _TORQUE_ENABLE]:
-            self._hold_present_position(index)
-
-    def _power_up_new(self, index: int, servo_id: int) -> None:
-        for register in registers.CONTROL_TABLE:
-            value = servo_id if register.name == "ID" else register.default
-            data = np.frombuffer(register.encode(value), np.uint8)
-            self._table[index, register.address : register.address + register.size] = data
-        self._saved[index] = self._table[index, :EEPROM_END]
-
-    def _load_power_up_values(self, index: int) -> None:
-        for register in registers.CONTROL_TABLE:
-            if EEPROM_END <= register.address < _FACTORY_BLOCK:
-                data = np.frombuffer(register.encode(register.default), np.uint8)
-                self._table[index, register.address : register.address + register.size] = data
-        self._table[index, :EEPROM_END] = self._saved[index]
-        maximum, limit = REGISTERS["Max_Torque_Limit"].address, REGISTERS["Torque_Limit"].address
-        self._table[index, limit : limit + 2] = self._table[index, maximum : maximum + 2]
-        self._reg_writes[index] = None
-        self._overloaded[index] = False
-        self._overload_s[index] = self._overcurrent_s[index] = 0.0
-        self._decode_due = self._feedback_due = True
 
     def _decode(self) -> None:
         """Turn the registers that steer the motion into arrays, if any was written."""
         if not self._decode_due:
             return
         self._decode_due = False
-        self._mode = self._values("Operating_Mode").astype(np.int64)
-        self._torque_on = self._values("Torque_Enable") != 0
-        self._homing_raw = self._values("Homing_Offset")
+        self._mode = self._registers.values("Operating_Mode").astype(np.int64)
+        self._torque_on = self._registers.values("Torque_Enable") != 0
+        self._homing_raw = self._registers.values("Homing_Offset")
         # Where the horn's angle is when the present position reads 0, in ticks.
         self._zero_raw = self._homing_raw - MIDDLE_RAW - self.encoder_offset_raw
-        self._one_turn = (self._column("Phase") & _PHASE_FULL_ANGLE == 0) & (self._mode == MODE_POSITION)
-        low, high = self._values("Min_Position_Limit"), self._values("Max_Position_Limit")
-        goal = self._values("Goal_Position")
+        self._one_turn = (self._registers.column("Phase") & _PHASE_FULL_ANGLE == 0) & (self._mode == MODE_POSITION)
+        low, high = self._registers.values("Min_Position_Limit"), self._registers.values("Max_Position_Limit")
+        goal = self._registers.values("Goal_Position")
         unlimited = (low == 0) & (high == 0)  # multi-turn (memory table, 9 and 11)
         self._goal_raw = np.where(unlimited, goal, np.minimum(np.maximum(goal, low), high))
-        top = self._values("Maximum_Velocity_Limit") * 50
-        self._goal_velocity = np.clip(self._values("Goal_Velocity"), -top, top)
+        top = self._registers.values("Maximum_Velocity_Limit") * 50
+        self._goal_velocity = np.clip(self._registers.values("Goal_Velocity"), -top, top)
         self._speed = np.where(self._goal_velocity == 0, top, np.abs(self._goal_velocity))
-        ramp = np.minimum(self._values("Acceleration"), self._values("Maximum_Acceleration")) * 100
+        ramp = np.minimum(self._registers.values("Acceleration"), self._registers.values("Maximum_Acceleration")) * 100
         self._acceleration = np.where(ramp == 0, MotionProfile.UNLIMITED_ACCELERATION, ramp)
-        self._limit = np.clip(self._values("Torque_Limit") / 1000, 0.0, 1.0)
-        self._protective_torque = self._values("Protective_Torque") / 100
-        self._overload_torque = np.maximum(self._values("Overload_Torque") / 100, 1e-9)
-        self._protection_time_s = self._values("Protection_Time") * 0.01
-        self._protection_current = np.maximum(self._values("Protection_Current"), 1.0)
-        self._overcurrent_time_s = np.maximum(self._values("Over_Current_Protection_Time") * 0.01, 1e-9)
-        self._unload = self._column("Unloading_Condition").copy()
-
-    def _column(self, name: str) -> npt.NDArray[np.uint8]:
-        """The low byte of a register of all servos, [J], writable."""
-        return self._table[:, REGISTERS[name].address]
-
-    def _values(self, name: str) -> FloatArray:
-        """A register of all servos, sign decoded, [J]."""
-        register = REGISTERS[name]
-        words = self._column(name).astype(np.int64)
-        if register.size == 2:
-            words |= self._table[:, register.address + 1].astype(np.int64) << 8
-        if register.sign_bit is not None:
-            magnitude = words & (1 << register.sign_bit) - 1
-            words = np.where(words >> register.sign_bit & 1, -magnitude, magnitude)
-        return words.astype(np.float64)
+        self._limit = np.clip(self._registers.values("Torque_Limit") / 1000, 0.0, 1.0)
+        self._protective_torque = self._registers.values("Protective_Torque") / 100
+        self._overload_torque = np.maximum(self._registers.values("Overload_Torque") / 100, 1e-9)
+        self._protection_time_s = self._registers.values("Protection_Time") * 0.01
+        self._protection_current = np.maximum(self._registers.values("Protection_Current"), 1.0)
+        self._overcurrent_time_s = np.maximum(self._registers.values("Over_Current_Protection_Time") * 0.01, 1e-9)
+        self._unload = self._registers.column("Unloading_Condition").copy()
 
     def _index(self, servo_id: int) -> int:
         try:

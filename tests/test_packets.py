@@ -20,7 +20,9 @@ def encoded(reply: Packet) -> bytes:
 
 def forges_a_reply(noise: bytes) -> bool:
     """Whether noise holds what looks like the head of an awaited reply; then nothing can tell it apart."""
-    return any(bytes((0xFF, 0xFF, servo_id)) in noise + bytes((servo_id,)) for servo_id in IDS) or noise.endswith(b"\xff")
+    return any(bytes((0xFF, 0xFF, servo_id)) in noise + bytes((servo_id,)) for servo_id in IDS) or noise.endswith(
+        b"\xff"
+    )
 
 
 noise = st.binary(max_size=40).filter(lambda data: not forges_a_reply(data))

@@ -527,14 +527,16 @@ def test_serve_prints_the_path_and_stops_on_sigterm(tmp_path: Path) -> None:
     link = tmp_path / "arm"
     program = "import sys; from pathlib import Path; from firmware_bridge.virtual_servos import serve; "
     program += "serve([1, 2], Path(sys.argv[1]))"
-    process = subprocess.Popen([sys.executable, "-c", program, str(link)], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    path = process.stdout.readline().strip()
-    assert os.readlink(link) == path  # noqa: PTH115 - compared as text
-    with ServoTool(str(link)) as tool:
-        deadline = time.monotonic() + 30
-        while tool.ping(2) != 777:  # on a busy machine the SDK may give up before the process is scheduled
-            assert time.monotonic() < deadline
-    process.send_signal(signal.SIGTERM)
-    assert process.wait() == 0
+    with subprocess.Popen([sys.executable, "-c", program, str(link)], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            path = process.stdout.readline().strip()
+            assert str(link.readlink()) == path
+            with ServoTool(str(link)) as tool:
+                deadline = time.monotonic() + 30
+                while tool.ping(2) != 777:  # on a busy machine the SDK may give up before the process is scheduled
+                    assert time.monotonic() < deadline
+        finally:
+            process.send_signal(signal.SIGTERM)
+        assert process.wait() == 0
     assert not link.is_symlink()
