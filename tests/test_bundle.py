@@ -13,12 +13,11 @@ import pytest
 
 pytest.importorskip("onnx", reason="the bundles of these tests are written with the export extra")
 
-from fixtures.tiny_bundle import JOINTS, document, expected, observed, write_tiny_bundle
-
 from device.arrays import dump_arrays
 from device.bundle import Bundle
 from device.config import VIRTUAL_CELL, LoadedCell, load_cell
 from device.errors import BundleError
+from fixtures.tiny_bundle import JOINTS, document, expected, observed, write_tiny_bundle
 
 
 @pytest.fixture

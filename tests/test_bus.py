@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from virtual_bus import SO101_IDS, virtual_bus
 
 from firmware_bridge import packets, registers
 from firmware_bridge.bus import BusLost, PortUnavailable, ServoBus
 from firmware_bridge.servo_model import ServoBank
 from firmware_bridge.virtual_servos import VirtualServos
+from virtual_bus import SO101_IDS, virtual_bus
 
 PATIENT_S = 2.0  # what arrives at all arrives by then, however busy the machine
 ANGLES_RAW = np.array([2048, 1000, 3000, 5, 4090, 2500])

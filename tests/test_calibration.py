@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from real_lerobot import ask_lerobot
 
 from firmware_bridge.calibration import (
     CalibrationError,
@@ -19,6 +18,7 @@ from firmware_bridge.calibration import (
     load_calibration,
     save_calibration,
 )
+from real_lerobot import ask_lerobot
 
 LEROBOT_FILE = """{
     "shoulder_pan": {"id": 1, "drive_mode": 0, "homing_offset": -12, "range_min": 741, "range_max": 3380},

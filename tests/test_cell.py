@@ -48,7 +48,7 @@ def check_hold(cell: RunningCell) -> None:
     np.testing.assert_array_equal(whole["goal"][-1], whole["goal"][-5], "and then it stands")
 
 
-def test_predict_killed_in_mid_motion_the_arm_holds_and_the_policy_goes_on_when_it_is_back(cell: RunningCell) -> None:
+def test_predict_killed_in_mid_motion_the_arm_holds_until_it_is_back(cell: RunningCell) -> None:
     cell.run_policy_until_it_moves()
     cell.kill("predict")
     check_hold(cell)
@@ -59,7 +59,7 @@ def test_predict_killed_in_mid_motion_the_arm_holds_and_the_policy_goes_on_when_
     assert cell.newest("ticks")["mode"] == Mode.POLICY
 
 
-def test_a_camera_killed_in_mid_motion_the_arm_holds_and_the_policy_goes_on_when_it_is_back(cell: RunningCell) -> None:
+def test_a_camera_killed_in_mid_motion_the_arm_holds_until_it_is_back(cell: RunningCell) -> None:
     cell.run_policy_until_it_moves()
     cell.kill("capture@wrist")
     check_hold(cell)
@@ -77,7 +77,9 @@ def test_execute_killed_the_servos_hold_and_its_successor_moves_nothing(cell: Ru
     goals = cell.history("goals")
     fresh = goals[goals["mode"] == Mode.IDLE][-20:]
     resolution = cell.cell.units.resolution
-    assert np.abs(fresh["goal"] - last_sent).max(axis=0) == pytest.approx(np.zeros(6), abs=float(resolution.max()) * 1.5)
+    assert np.abs(fresh["goal"] - last_sent).max(axis=0) == pytest.approx(
+        np.zeros(6), abs=float(resolution.max()) * 1.5
+    )
 
 
 def test_a_fault_storm_on_the_bus_is_counted_and_lived_through(cell: RunningCell) -> None:

@@ -10,7 +10,6 @@ import pytest
 
 pytest.importorskip("onnx", reason="the bundles of these tests are written with the export extra")
 
-from fixtures.tiny_bundle import FRONT, STATE, expected, network, observed, write_tiny_bundle
 from rich.console import Console
 
 from device import cli
@@ -18,6 +17,7 @@ from device.arrays import dump_arrays, load_arrays
 from device.bundle import Bundle
 from device.engine import EngineError, describe, open_engine, run_observation
 from device.errors import BundleError
+from fixtures.tiny_bundle import FRONT, STATE, expected, network, observed, write_tiny_bundle
 
 
 @pytest.fixture

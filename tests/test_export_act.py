@@ -16,6 +16,13 @@ import pytest
 
 pytest.importorskip("torch", reason="export needs the export extra")
 
+from device.arrays import dump_arrays
+from device.bundle import Bundle
+from device.engine import open_engine
+from device.errors import BundleError
+from export.command import export_checkpoint
+from export.errors import ExportError
+from firmware_bridge.calibration import Unit
 from fixtures.checkpoint_files import (
     POST_STATE,
     PRE_STATE,
@@ -27,14 +34,6 @@ from fixtures.checkpoint_files import (
 )
 from fixtures.recipe import LEGACY, VARIANTS, observation
 from real_lerobot import lerobot_python
-
-from device.arrays import dump_arrays
-from device.bundle import Bundle
-from device.engine import open_engine
-from device.errors import BundleError
-from export.command import export_checkpoint
-from export.errors import ExportError
-from firmware_bridge.calibration import Unit
 
 FIXTURES = Path(__file__).parent / "fixtures"
 CURRENT = np.load(FIXTURES / "act_lerobot_0_4_4.npz")

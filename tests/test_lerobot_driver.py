@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from real_lerobot import lerobot_python
-from virtual_bus import virtual_bus
 
 from firmware_bridge.calibration import load_calibration
 from firmware_bridge.servo_model import ServoBank
 from firmware_bridge.virtual_servos import VirtualServos
+from real_lerobot import lerobot_python
+from virtual_bus import virtual_bus
 
 PRELUDE = """
 import json, sys

@@ -13,13 +13,13 @@ import simplejpeg
 pytest.importorskip("onnx", reason="the bundles of these tests are written with the export extra")
 
 import onnx
-from fixtures.tiny_bundle import FRONT, STATE, network, write_tiny_bundle
 
 from device.config import VIRTUAL_CELL, LoadedCell, load_cell
 from device.errors import BundleError
 from device.messages import TOPICS, frames_dtype, joints_dtype
 from device.predict import Predict
 from device.topic import TopicReader, TopicWriter, topic_path
+from fixtures.tiny_bundle import FRONT, STATE, network, write_tiny_bundle
 
 MS = 1_000_000
 

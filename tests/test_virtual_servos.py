@@ -15,7 +15,6 @@ import pytest
 import scservo_sdk
 from hypothesis import given
 from hypothesis import strategies as st
-from virtual_bus import virtual_bus
 
 from firmware_bridge import packets, registers
 from firmware_bridge.diagnosis import FoundServo, ServoError, ServoSilentError, ServoTool
@@ -24,6 +23,7 @@ from firmware_bridge.servo_faults import Fault, load_faults
 from firmware_bridge.servo_model import BOOT_S, STALL_HEATING_DEG, ServoBank
 from firmware_bridge.servo_motion import FreePlant
 from firmware_bridge.virtual_servos import VirtualServos
+from virtual_bus import virtual_bus
 
 STEP_S = 0.002
 

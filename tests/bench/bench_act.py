@@ -26,11 +26,11 @@ from rich.table import Table
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from fixtures.checkpoint_files import write_checkpoint  # noqa: E402
-from fixtures.recipe import VARIANTS, observation  # noqa: E402
-
 from device.arrays import dump_arrays  # noqa: E402 - after the path
 from export.command import export_checkpoint  # noqa: E402
+from fixtures.checkpoint_files import write_checkpoint  # noqa: E402
+from fixtures.recipe import VARIANTS, observation  # noqa: E402
+from real_lerobot import find_lerobot  # noqa: E402
 
 THREADS = 2
 TURNS, PER_TURN = 5, 4

@@ -2,10 +2,10 @@
 
 Both talk in turns, tick by tick in one run, to the same emulated servos in a process of their own, which keeps to
 the wire's speed of 1 Mbaud. Wall time is what a tick waits, CPU time what it burns meanwhile. The servos' process
-wakes up late on a busy machine, and both pay for that: the last line of the table is what nobody can go below. Before each tick of
+wakes up late on a busy machine, and both pay for that: the last line is what nobody can go below. Before each tick of
 the SDK the input is emptied for it, outside the measurement: by itself it takes a late reply to the last request for
 the reply to this one, and from then on runs one tick behind (in 0.1 ms, which would flatter it).
-`python -m tests.bench.bench_bus [TICKS]` prints the table; `run()` returns the figures.
+`python -m tests.bench.bench_bus [TICKS]` prints the table.
 """
 
 import os

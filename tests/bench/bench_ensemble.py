@@ -19,7 +19,7 @@ JOINTS = 6
 
 
 class OnlineEnsemble:
-    """The cumulative form of temporal ensembling (one fresh chunk a call), after its description in ACT's Algorithm 2."""
+    """The cumulative form of temporal ensembling (one fresh chunk a call), after ACT's Algorithm 2."""
 
     def __init__(self, m: float, chunk_size: int) -> None:
         self._weights = np.exp(-m * np.arange(chunk_size))

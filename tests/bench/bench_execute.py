@@ -1,8 +1,9 @@
 """How evenly `execute` ticks while inference, cameras and other programs take their share of two cores.
 
-`python -m tests.bench.bench_execute` prints the table (`... 60` for 60 s a row); `run()` returns the figures. The whole virtual cell runs, with
-its policy, first alone and then with busy programs on every core; beside it, in the same seconds, runs a loop paced as
-a plain Python loop is: work, then sleep for what is left of the period, taken anew from each cycle's own start.
+`python -m tests.bench.bench_execute [SECONDS]` prints the table; `run()` returns the figures. The whole virtual cell
+runs, with its policy, first alone and then with busy programs on every core; beside it, in the same seconds, runs a
+loop paced as a plain Python loop is: work, then sleep for what is left of the period, taken anew from each cycle's own
+start.
 """
 
 from __future__ import annotations
@@ -19,10 +20,9 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from running_cell import RunningCell, running_cell
-
 from device.messages import Mode
 from device.observer import Observer
+from running_cell import RunningCell, running_cell
 
 RATE_HZ = 60
 SECONDS = 20.0
