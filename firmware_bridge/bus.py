@@ -10,7 +10,6 @@ Writing a goal switches a servo's torque on by itself (STS firmware): do not wri
 """
 
 import errno
-import fcntl
 import os
 import select
 import termios
@@ -39,7 +38,6 @@ _BLOCKS = ((56, 15), (55, 16), (55, 17))
 _MAX_VMIN = 255
 _QUIET_WAITS = 2  # milliseconds without a byte after which a burst of replies is over (USB frames are 1 ms)
 _READ_SIZE = 4096
-_NO_BYTES = bytes(4)  # what FIONREAD answers when nothing has come
 
 
 class BusLost(OSError):  # noqa: N818 - a state of the world that the loop lives with, not a mistake
@@ -95,6 +93,7 @@ class ServoBus:
         self.counters = BusCounters(timeouts_by_servo=[0] * count, checksum_errors_by_servo=[0] * count)
         self._decoders = [FeedbackDecoder(self.ids, address, size) for address, size in _BLOCKS]
         self._no_errors = bytes(count)
+        self._late_bytes_possible = True
         self._block = 0
         self._goals = SyncWriteTemplate(self.ids, registers.GOAL_POSITION)
         self._torque = SyncWriteTemplate(self.ids, registers.TORQUE_ENABLE)
@@ -110,7 +109,8 @@ class ServoBus:
         """
         state = self.state
         decoder = self._decoders[self._block]
-        self._discard_input()
+        if self._late_bytes_possible:
+            self._discard_input()
         state.t_request_ns = time.monotonic_ns()
         self._send(self._requests[self._block])
         deadline_ns = state.t_request_ns + int(self.timeout_s * 1e9)
@@ -156,6 +156,7 @@ class ServoBus:
 
     def _open(self) -> None:
         self.state.valid[:] = False
+        self._late_bytes_possible = True
         self._descriptor = open_port(self.port, self.baudrate)
         self._poll = select.poll()
         self._poll.register(self._descriptor, select.POLLIN)
@@ -172,6 +173,7 @@ class ServoBus:
     def _read_piecewise(self, decoder: FeedbackDecoder, data: bytes, deadline_ns: int) -> None:
         """The slow path: something is missing, damaged or in between. Take what is good."""
         state = self.state
+        self._late_bytes_possible = True
         state.valid[:] = False
         scanner = packets.StatusScanner(self.ids, decoder.size)
         received, quiet_waits = len(data), 0
@@ -230,13 +232,11 @@ class ServoBus:
         return data
 
     def _discard_input(self) -> None:
-        """Late bytes of an earlier transaction and noise are not for this one."""
-        try:
-            waiting = fcntl.ioctl(self._descriptor, termios.FIONREAD, _NO_BYTES)
-        except (OSError, ValueError) as error:
-            raise self._lost(error) from error
-        if waiting != _NO_BYTES:
-            self.counters.garbage_bytes += len(self._read_available(_READ_SIZE))
+        """Late bytes of an earlier transaction are not for this one. After a whole transaction there are none; if
+        noise comes instead, it is skipped where it is found.
+        """
+        self._late_bytes_possible = False
+        self.counters.garbage_bytes += len(self._read_available(_READ_SIZE))
 
     def _send(self, packet: bytes | bytearray) -> None:
         try:

@@ -45,9 +45,11 @@ class ServoState:
     valid: BoolArray = field(init=False)  # a good reply of the newest read, and not an older value
 
     def __post_init__(self) -> None:
-        # Two blocks with the fields as rows, so that a read stores all of them in two assignments.
+        # Two blocks with the fields as rows, also seen as one row, so that a read stores all in two assignments.
         self.signed_block: Int32Array = np.zeros((4, self.count), np.int32)
         self.byte_block: UInt8Array = np.zeros((5, self.count), np.uint8)
+        self.signed_flat = self.signed_block.reshape(-1)
+        self.byte_flat = self.byte_block.reshape(-1)
         self.position_raw, self.velocity_raw, self.load_raw, self.current_raw = self.signed_block
         self.voltage_raw, self.temperature_raw, self.status, self.moving, self.error = self.byte_block
         self.valid = np.zeros(self.count, np.bool_)
@@ -89,28 +91,32 @@ class FeedbackDecoder:
         fields = self._unpack_all(data)
         if b"".join(fields[:: self._FIELDS]) != self._heads:
             return False
-        self._store(fields, slice(None), state)
+        _, error, position, velocity, load, voltage, temperature, status, moving, current, _ = self._columns(fields)
+        words = zip((position, velocity, load, current), self._SIGN_BITS, strict=True)
+        state.signed_flat[:] = [value for column, sign_bit in words for value in _signed(column, sign_bit)]
+        state.byte_flat[:] = voltage + temperature + status + moving + error
+        state.valid[:] = True
         return True
 
     def decode_one(self, packet: packets.Packet, state: ServoState) -> None:
         """Store one servo's reply."""
         index = self._index[packet.servo_id]
         fields = self._unpack_one(packets.status(packet.servo_id, packet.code, packet.data))
-        self._store(fields, slice(index, index + 1), state)
-
-    def _store(self, fields: tuple[Any, ...], servos: slice, state: ServoState) -> None:
-        _, error, position, velocity, load, voltage, temperature, status, moving, current, _ = (
-            fields[at :: self._FIELDS] for at in range(self._FIELDS)
-        )
+        _, error, position, velocity, load, voltage, temperature, status, moving, current, _ = self._columns(fields)
         words = zip((position, velocity, load, current), self._SIGN_BITS, strict=True)
-        state.signed_block[:, servos] = [_signed(values, sign_bit) for values, sign_bit in words]
-        state.byte_block[:, servos] = (voltage, temperature, status, moving, error)
-        state.valid[servos] = True
+        state.signed_block[:, index] = [_signed(column, sign_bit)[0] for column, sign_bit in words]
+        state.byte_block[:, index] = voltage + temperature + status + moving + error
+        state.valid[index] = True
+
+    def _columns(self, fields: tuple[Any, ...]) -> list[tuple[Any, ...]]:
+        return [fields[at :: self._FIELDS] for at in range(self._FIELDS)]
 
 
-def _signed(words: Sequence[int], sign_bit: int) -> list[int]:
+def _signed(words: Sequence[int], sign_bit: int) -> Sequence[int]:
     """Sign-magnitude register words as numbers."""
     sign = 1 << sign_bit
+    if max(words) < sign:
+        return words
     magnitude = sign - 1
     return [-(word & magnitude) if word & sign else word & magnitude for word in words]
 

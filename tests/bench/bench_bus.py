@@ -1,10 +1,10 @@
 """Servo transaction of a tick (read 6 joints, write 6 goals): our bus against the maker's SDK.
 
-Both talk in turns, tick by tick in one run, to the same emulated servos in a process of their own, which keeps to
-the wire's speed of 1 Mbaud. Wall time is what a tick waits, CPU time what it burns meanwhile. The servos' process
-wakes up late on a busy machine, and both pay for that: the last line is what nobody can go below. Before each tick of
-the SDK the input is emptied for it, outside the measurement: by itself it takes a late reply to the last request for
-the reply to this one, and from then on runs one tick behind (in 0.1 ms, which would flatter it).
+They talk in turns in one run to the same emulated servos, a process of its own that keeps to the wire's speed at
+1 Mbaud. Wall time is what a tick waits, CPU time what it burns meanwhile. On a busy machine the servos' process
+wakes up late and caches are cold, for all of them: the last line of the table is what nobody can go below.
+Before each tick of the SDK the input is emptied for it, outside the measurement: by itself it takes a late reply to
+the last request for the reply to this one, and from then on runs one tick behind, which would flatter it.
 `python -m tests.bench.bench_bus [TICKS]` prints the table.
 """
 
