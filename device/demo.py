@@ -226,7 +226,7 @@ class _Demo:
                 self._film.take(time.monotonic_ns() - began_ns)
             record = self._world.latest()
             if record is not None:
-                progress, done_ns = record["progress"].decode(), int(record["t_done_ns"])
+                progress, done_ns = str(record["progress"], "ascii"), int(record["t_done_ns"])
         self._watch_for(_LINGER_S, f"episode {number + 1}: {progress}")
         ask(self._runtime, "execute", "mode", mode="idle")
         seconds = round((done_ns - began_ns) / 1e9, 2) if done_ns else None
@@ -302,7 +302,7 @@ class _Demo:
             ("inference", f"{figures.inference_ms['p50']:.1f} ms median, {figures.inference_ms['p99']:.1f} ms p99"),
             ("chunk age", f"{figures.chunk_age_ms['p50']:.0f} ms median, {figures.chunk_age_ms['p99']:.0f} ms p99"),
             ("bus errors", str(figures.bus_errors)),
-            ("task", "" if world is None else world["progress"].decode()),
+            ("task", "" if world is None else str(world["progress"], "ascii")),
             ("episodes done", f"{sum(e.seconds is not None for e in self._episodes)} of {len(self._episodes)}"),
         )
         for row in rows:
