@@ -246,7 +246,7 @@ class _Demo:
         self._check_alive()
         tick = self._observer.latest("ticks")
         if tick is not None and tick["mode"] == Mode.FAULT:
-            raise UnderstudyError(f"the arm is in fault: {tick['fault'].decode()}")
+            raise UnderstudyError(f"the arm is in fault: {str(tick['fault'], 'utf-8')}")
         if not self._options.quiet:
             self._live.update(self._table(doing))
 

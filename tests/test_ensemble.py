@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from device.ensemble import ChunkEnsemble
+from real_lerobot import ask_lerobot
 
 DT = 33_333_333
 MS = 1_000_000
@@ -199,3 +200,27 @@ def test_changed_tells_when_the_set_of_live_chunks_is_another() -> None:
     third = ensemble.at(DT)
     assert first is not None and second is not None and third is not None
     assert (first.changed, second.changed, third.changed) == (True, False, True)
+
+
+LEROBOT = """
+import json, sys
+import torch
+from lerobot.policies.act.modeling_act import ACTTemporalEnsembler
+question = json.load(sys.stdin)
+ensembler = ACTTemporalEnsembler(question["m"], len(question["chunks"][0]))
+chunks = torch.tensor(question["chunks"], dtype=torch.float64)
+print(json.dumps([ensembler.update(chunk[None])[0].tolist() for chunk in chunks]))
+"""
+
+
+@pytest.mark.parametrize("m", [0.01, 0.2])
+def test_with_a_fresh_chunk_every_tick_it_equals_lerobots_ensembler(m: float) -> None:
+    chunks = np.random.default_rng(5).normal(0, 20, (40, 12, 6))
+    theirs = ask_lerobot(LEROBOT, {"m": m, "chunks": chunks.tolist()})
+    ensemble = ChunkEnsemble(6, 12, m=m, staleness_ns=10**12)
+    for tick, chunk in enumerate(chunks):
+        ensemble.add(tick * DT, tick * DT, DT, chunk)
+        choice = ensemble.at(tick * DT)
+        assert choice is not None
+        # LeRobot's weights are float32, whatever its chunks are.
+        np.testing.assert_allclose(choice.action, theirs[tick], atol=1e-6)
