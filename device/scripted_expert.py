@@ -18,6 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 from device.virtual_world import (
     CUBE_SIDE_M,
     GRIPPER,
+    HOME_RAD,
     JOINT_RANGE_RAD,
     TRAY_CENTRE_M,
     VirtualWorld,
@@ -28,6 +29,7 @@ from device.virtual_world import (
 
 FloatArray = NDArray[np.float64]
 
+# Of a plan; a little below what the class promises, since goals are taken at the control rate.
 MAX_SPEED_DEG_S = 75.0
 MAX_ACCELERATION_DEG_S2 = 400.0
 
@@ -40,6 +42,9 @@ STANDOFF_M = 0.012  # the fixed finger comes down this far from the cube's face
 SLIPPED_M = 0.012  # the cube has moved more than this from where the plan took it to be
 LOST_M = 0.03  # the cube is this far from the grasp point while it should be between the fingers
 ARM = slice(0, GRIPPER)
+HOME_UNITS = units_from_rad(HOME_RAD)
+_UP: FloatArray = np.array([0.0, 0.0, 1.0])
+_TRAY_YAW_RAD = float(np.arctan2(TRAY_CENTRE_M[1], TRAY_CENTRE_M[0] - 0.0388))  # away from the shoulder's axis
 
 
 class Kinematics:
@@ -52,6 +57,12 @@ class Kinematics:
         self._dofs = [int(self.model.joint(name).dofadr[0]) for name in VirtualWorld.JOINTS]
         self._qpos = [int(self.model.joint(name).qposadr[0]) for name in VirtualWorld.JOINTS]
 
+    def grasp_point_m(self, joints_rad: ArrayLike) -> FloatArray:
+        """Where these joint angles [6] put the grasp point."""
+        self.data.qpos[self._qpos] = joints_rad
+        mujoco.mj_kinematics(self.model, self.data)
+        return np.array(self.data.site_xpos[self._site])
+
     def solve(self, place_m: ArrayLike, yaw_rad: float, seed_rad: ArrayLike) -> FloatArray:
         """Joint angles [5] (rad) that put the grasp point at `place_m`, looking down, the fingers along `yaw_rad`.
 
@@ -62,6 +73,8 @@ class Kinematics:
         q = np.array(seed_rad, dtype=np.float64)[ARM].copy()
         low, high = JOINT_RANGE_RAD[ARM].T
         jac_place, jac_turn = np.zeros((2, 3, self.model.nv))
+        # Metres for a radian: so light that a turn never costs a place; a yaw is always within reach, a tilt is not.
+        weight = np.diag([1, 1, 1, 0.004, 0.004, 0.02])
         for _ in range(60):
             self.data.qpos[self._qpos[ARM]] = q
             mujoco.mj_kinematics(self.model, self.data)
@@ -70,10 +83,10 @@ class Kinematics:
             place_error = target - self.data.site_xpos[self._site]
             turn_error = np.cross(axes[:, 2], [0, 0, 1.0]) + np.array([0, 0, 1.0]) * np.cross(axes[:, 0], along)[2]
             mujoco.mj_jacSite(self.model, self.data, jac_place, jac_turn, self._site)
-            weight = np.diag([1, 1, 1, 0.004, 0.004, 0.02])
             error = weight @ np.concatenate([place_error, turn_error])
             jac = weight @ np.concatenate([jac_place, jac_turn])[:, self._dofs[ARM]]
             change = _damped(jac, error)
+            # A joint at its limit does not count on going further: the others take its share.
             stuck = ((q <= low) & (change < 0)) | ((q >= high) & (change > 0))
             change = _damped(np.where(stuck, 0.0, jac), error)
             q = np.clip(q + np.clip(change, -0.3, 0.3), low, high)
@@ -174,66 +187,61 @@ class ScriptedExpert:
 
     def _plan(self, world: VirtualWorld, start_units: FloatArray) -> list[Segment]:
         """The whole task from `start_units`, for the cube where it is now."""
+        path = _Path(self.kinematics, start_units)
         if world.done:
-            return [self._joint_move("retreat", start_units, self._home_units(), 0.8)]
+            return path.move("retreat", HOME_UNITS, 0.8).segments
         cube, yaw = world.cube_position_m, _jaw_yaw(world.cube_yaw_rad)
         cube[2] = CUBE_SIDE_M / 2  # where it will lie, should it still be falling
         self._grasp_at_m = cube
-        along = np.array([np.cos(yaw), np.sin(yaw), 0.0])
-        before, after = cube - STANDOFF_M * along, cube
-        up = np.array([0.0, 0.0, 1.0])
-        segments: list[Segment] = []
-        here = start_units
-        if world.grasp_point_m[2] < CUBE_SIDE_M / 2 + 0.75 * HOVER_M:  # out from between things first
-            place = world.grasp_point_m + up * (HOVER_M - world.grasp_point_m[2] + 0.02)
-            segments.append(self._straight("rise", here, place, yaw, max(here[GRIPPER], OPEN_UNITS), 0.4))
-            here = segments[-1].knots_units[-1]
-        hover = self._pose(before + up * HOVER_M, yaw, OPEN_UNITS, here)
-        segments.append(self._joint_move("reach", here, hover, 0.9))
-        segments.append(self._straight("down", hover, before, yaw, OPEN_UNITS, 0.7))
-        shut = self._pose(after, yaw, CLOSED_UNITS, segments[-1].knots_units[-1])
-        segments.append(self._joint_move("close", segments[-1].knots_units[-1], shut, 0.7))
-        segments.append(self._straight("lift", shut, after + up * CARRY_M, yaw, CLOSED_UNITS, 0.7))
-        over = self._pose([*TRAY_CENTRE_M, CUBE_SIDE_M / 2 + RELEASE_M], _TRAY_YAW_RAD, CLOSED_UNITS, shut)
-        segments.append(self._joint_move("carry", segments[-1].knots_units[-1], over, 1.0))
-        opened = over.copy()
-        opened[GRIPPER] = OPEN_UNITS
-        segments.append(self._joint_move("open", over, opened, 0.5))
-        segments.append(self._joint_move("retreat", opened, self._home_units(), 0.8))
-        return segments
+        before = cube - STANDOFF_M * np.array([np.cos(yaw), np.sin(yaw), 0.0])
+        hand = world.grasp_point_m
+        if hand[2] < cube[2] + 0.75 * HOVER_M:  # out from between things first
+            path.straight("rise", [hand[0], hand[1], HOVER_M + 0.02], yaw, max(start_units[GRIPPER], OPEN_UNITS), 0.4)
+        path.move("reach", path.pose(before + HOVER_M * _UP, yaw, OPEN_UNITS), 0.9)
+        path.straight("down", before, yaw, OPEN_UNITS, 0.7)
+        path.move("close", path.pose(cube, yaw, CLOSED_UNITS), 0.7)
+        path.straight("lift", cube + CARRY_M * _UP, yaw, CLOSED_UNITS, 0.7)
+        over = path.pose([*TRAY_CENTRE_M, CUBE_SIDE_M / 2 + RELEASE_M], _TRAY_YAW_RAD, CLOSED_UNITS)
+        path.move("carry", over, 1.0)
+        path.move("open", np.append(over[ARM], OPEN_UNITS), 0.5)
+        return path.move("retreat", HOME_UNITS, 0.8).segments
 
-    def _home_units(self) -> FloatArray:
-        from device.virtual_world import HOME_RAD
 
-        return units_from_rad(HOME_RAD)
+class _Path:
+    """A plan in the making: segments that follow one another from a start."""
 
-    def _pose(self, place_m: ArrayLike, yaw_rad: float, gripper_units: float, near_units: FloatArray) -> FloatArray:
-        """Goal units for the hand at a place, the solution nearest to `near_units`."""
-        rad = rad_from_units(near_units)
-        rad[ARM] = self.kinematics.solve(place_m, yaw_rad, rad)
-        units = units_from_rad(rad)
-        units[GRIPPER] = gripper_units
-        return units
+    def __init__(self, kinematics: Kinematics, start_units: FloatArray) -> None:
+        self._kinematics = kinematics
+        self._here = start_units
+        self.segments: list[Segment] = []
 
-    def _joint_move(self, name: str, start: FloatArray, end: FloatArray, least_s: float) -> Segment:
-        return _timed(name, np.stack([start, end]), least_s)
+    def pose(self, place_m: ArrayLike, yaw_rad: float, gripper_units: float) -> FloatArray:
+        """Goal units for the hand at a place: the solution nearest to the path's end."""
+        return self._pose_near(self._here, place_m, yaw_rad, gripper_units)
 
-    def _straight(
-        self, name: str, start: FloatArray, end_m: ArrayLike, yaw: float, gripper: float, least_s: float
-    ) -> Segment:
-        """From `start` to a place along a straight line of the hand, through a few solved knots."""
-        self.kinematics.data.qpos[self.kinematics._qpos] = rad_from_units(start)
-        mujoco.mj_kinematics(self.kinematics.model, self.kinematics.data)
-        start_m = np.array(self.kinematics.data.site("grasp").xpos)
+    def move(self, name: str, end_units: FloatArray, least_s: float) -> _Path:
+        """Straight in the joints' space."""
+        return self._add(_timed(name, np.stack([self._here, end_units]), least_s))
+
+    def straight(self, name: str, end_m: ArrayLike, yaw_rad: float, gripper_units: float, least_s: float) -> _Path:
+        """Along a straight line of the hand, through a few solved knots."""
+        start = self._here
+        start_m = self._kinematics.grasp_point_m(rad_from_units(start))
         knots = [start]
         for u in np.linspace(0, 1, 9)[1:]:
-            pose = self._pose(start_m + u * (np.asarray(end_m, float) - start_m), yaw, gripper, knots[-1])
-            pose[GRIPPER] = start[GRIPPER] + u * (gripper - start[GRIPPER])
-            knots.append(pose)
-        return _timed(name, np.stack(knots), least_s)
+            gripper = start[GRIPPER] + u * (gripper_units - start[GRIPPER])
+            knots.append(self._pose_near(knots[-1], start_m + u * (np.asarray(end_m) - start_m), yaw_rad, gripper))
+        return self._add(_timed(name, np.stack(knots), least_s))
 
+    def _pose_near(self, near_units: FloatArray, place_m: ArrayLike, yaw_rad: float, gripper: float) -> FloatArray:
+        rad = rad_from_units(near_units)
+        rad[ARM] = self._kinematics.solve(place_m, yaw_rad, rad)
+        return np.append(units_from_rad(rad)[ARM], gripper)
 
-_TRAY_YAW_RAD = float(np.arctan2(TRAY_CENTRE_M[1], TRAY_CENTRE_M[0] - 0.0388))
+    def _add(self, segment: Segment) -> _Path:
+        self.segments.append(segment)
+        self._here = segment.knots_units[-1]
+        return self
 
 
 def _jaw_yaw(cube_yaw_rad: float) -> float:
