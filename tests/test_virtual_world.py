@@ -8,6 +8,7 @@ os.environ.setdefault("MUJOCO_GL", "egl")
 
 import numpy as np
 import pytest
+import simplejpeg
 
 pytest.importorskip("mujoco")
 
@@ -23,6 +24,7 @@ from device.virtual_world import (
     rad_from_units,
     units_from_rad,
 )
+from export.recipes.virtual_pick.collect import FRAME_HZ, record
 
 ON = np.ones(6, dtype=bool)
 CONTROL_HZ = 60
@@ -204,3 +206,15 @@ def test_both_cameras_see_the_cube_at_no_less_than_six_pixels() -> None:
         assert np.ptp(columns) + 1 >= 6
         assert np.ptp(rows) + 1 >= 6
     world.close()
+
+
+def test_a_recorded_demonstration_holds_pictures_joints_and_clean_goals_at_thirty_hertz(kinematics: Kinematics) -> None:
+    world = VirtualWorld(image_hw=(32, 32))
+    episode = record(world, kinematics, seed=100_000)
+    world.close()
+    assert episode is not None
+    assert len(episode.jpegs) == len(VirtualWorld.CAMERAS) * len(episode.state)
+    assert len(episode.action) == len(episode.state) > 5 * FRAME_HZ
+    assert simplejpeg.decode_jpeg(episode.jpegs[0]).shape == (32, 32, 3)
+    steps = np.abs(np.diff(episode.action, axis=0)) * FRAME_HZ
+    assert steps.max() < 90.0  # the disturbance is in what the arm was told, not in what the policy learns
