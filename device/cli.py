@@ -244,6 +244,12 @@ def ctl_mode(
     _ask(cell, as_json, "mode", mode=mode)
 
 
+@ctl_app.command("stop")
+def ctl_stop(cell: CellOption = None, as_json: JsonOption = False) -> None:
+    """Brake and hold, whatever the arm is doing."""
+    _ask(cell, as_json, "stop")
+
+
 @ctl_app.command("home")
 def ctl_home(cell: CellOption = None, as_json: JsonOption = False) -> None:
     """Move to the cell's home position (mode idle)."""

@@ -46,6 +46,7 @@ class JointConfig(_Strict):
     max_speed: Positive
     max_acceleration: Positive
     home: Finite | None = None  # where `home` moves it to
+    grips: bool = False  # it holds things: need not reach its goal, and may push as hard as it is set up to
 
     @model_validator(mode="after")
     def _ordered(self) -> JointConfig:
@@ -88,13 +89,21 @@ class ControlConfig(_Strict):
     priority: Annotated[int, Field(ge=1, le=98)] = 50  # SCHED_FIFO, where the system allows it
     read_timeout_ms: Positive | None = None  # default: wire time and a margin, see firmware_bridge.bus
 
+    @model_validator(mode="after")
+    def _reads_within_a_period(self) -> ControlConfig:
+        if self.read_timeout_ms is not None and self.read_timeout_ms * self.rate_hz >= 1000:
+            raise ValueError(f"read_timeout_ms {self.read_timeout_ms:g} is not below the period of {self.rate_hz:g} Hz")
+        return self
+
 
 class PolicyConfig(_Strict):
     """Which policy runs, and how its chunks are handed over."""
 
     bundle: Path | None = None
     handoff: Literal["ensemble", "crossfade", "latest"] | None = None  # default: what the bundle recommends
-    staleness_s: Positive = 0.5  # the newest chunk's observation is older: decelerate and hold
+    staleness_s: Annotated[float, Field(gt=0, le=5)] = (
+        0.5  # the newest chunk's observation is older: decelerate and hold
+    )
     max_skew_ms: Positive = 50  # between the cameras' newest frames
     max_frame_age_ms: Positive = 150  # an older newest frame is no observation
     threads: Annotated[int, Field(ge=1)] = 1  # of the inference engine

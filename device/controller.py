@@ -24,13 +24,15 @@ Floats = NDArray[np.float64]
 # A minimum-jerk move of distance d in time T peaks at 1.875 d/T and 5.774 d/T^2 (Flash and Hogan 1985). Moves on
 # request stay under half of the joint's limits: nobody asked for haste.
 _PEAK_SPEED, _PEAK_ACCELERATION, _MOVE_PART = 1.875, 5.774, 0.5
+_MOVE_SETTLES_NS = 500_000_000  # the guard may lag behind a move that it had to slow down
 
 
 @dataclass(frozen=True)
 class Decision:
-    """One tick's outcome. `goal` None: send nothing (the arm is limp)."""
+    """One tick's outcome. `to` marks the joints that are sent their goal: none of a limp arm, no silent servo."""
 
-    goal: Floats | None
+    goal: Floats
+    to: NDArray[np.bool_]
     requested: Floats  # [J]; NaN where the mode had nothing to say
     holding: bool
     choice: Choice | None  # what the ensemble said, in policy mode
@@ -52,7 +54,11 @@ class Move:
 
 
 class Controller:
-    """What one cell's arm does. Attributes: mode; fault (a sentence, or None); holds (times all chunks went stale)."""
+    """What one cell's arm does.
+
+    Attributes: mode; torque_on (wanted: the arm holds, it is not limp); fault (a sentence, or None); holds (times that
+    all chunks went stale while the policy ran).
+    """
 
     def __init__(self, cell: LoadedCell, ensemble: ChunkEnsemble | None) -> None:
         limits = GuardLimits(
@@ -60,56 +66,77 @@ class Controller:
             position_max=cell.joint_array("max"),
             max_speed=cell.joint_array("max_speed"),
             max_acceleration=cell.joint_array("max_acceleration"),
+            grips=cell.joint_array("grips").astype(bool),
             **cell.cell.guard.model_dump(),
         )
         self.guard = Guard(cell.cell.joint_names, limits, 1.0 / cell.cell.control.rate_hz)
         self.ensemble = ensemble
         self.mode = Mode.IDLE
+        self.torque_on = True
         self.fault: str | None = None
         self.holds = 0
         self._cell = cell
         self._move: Move | None = None
-        self._held = False
+        self._holding = True  # a policy that has not begun is not one that has stopped
         self._fault_now: str | None = None
+        self._released = np.zeros(len(cell.cell.joint_names), np.bool_)
+        self._position: Floats = np.zeros(len(cell.cell.joint_names))
 
     def observe(self, t_ns: int, joints: Any) -> None:
         """Look at a reading (a record of messages.joints_dtype); enters fault when the guard says so."""
-        limp = self.mode is Mode.LIMP
-        if limp:
-            self.guard.rest_at(joints["position"])
-        reason = self.guard.check(
+        self._position = np.array(joints["position"])
+        if not self.torque_on:
+            self.guard.rest_at(self._position)
+        self._fault_now = self.guard.check(
             t_ns,
-            joints["position"],
+            self._position,
             joints["load"],
             joints["temperature_c"],
             joints["voltage_v"],
             joints["error"],
             joints["valid"],
-            torque_on=not limp,
+            torque_on=self.torque_on,
         )
-        self._fault_now = reason
-        if reason is not None and self.mode is not Mode.FAULT:
-            self.enter_fault(reason)
-            # An arm that is far from its goal pushes against something: let go of the goal, hold the place.
-            if (np.abs(joints["position"] - self.guard.goal) > self.guard.limits.follow_error).any():
-                self.guard.rest_at(joints["position"])
+        if self._fault_now is not None and self.mode is not Mode.FAULT:
+            self.enter_fault(self._fault_now)
+            # A joint that is far from its goal pushes against something: let go of the goal, hold the place.
+            limits = self.guard.limits
+            away = np.abs(self._position - self.guard.goal) > limits.follow_error
+            self.guard.rest_at(self._position, away & ~np.asarray(limits.grips, np.bool_))
+        if self.mode is Mode.FAULT:
+            # Power that comes back (an emergency stop released) must stiffen nothing before somebody has looked.
+            self._released |= ~self.guard.answering
 
     def enter_fault(self, reason: str) -> None:
-        """Stop and hold; only a reset leads out of here, and only once the cause is gone."""
+        """Stop and hold, or stay limp; only a reset leads out of here, and only once the cause is gone."""
         self.mode = Mode.FAULT
         self.fault = self._fault_now = reason
         self._move = None
 
-    def bus_is_back(self, position: Floats) -> None:
-        """The bus answers again and the arm rests at `position` [J]; the fault stays until it is reset."""
-        self._fault_now = None
-        self.guard.rest_at(position)
+    def bus_is_gone(self) -> None:
+        """No servo can be reached."""
+        self.guard.no_bus()
+        self._released[:] = True
+        self.enter_fault("the servo bus is gone")
+
+    def stop(self) -> None:
+        """Brake and hold, whatever the arm was doing; a limp arm and a fault stay what they are."""
+        self._move = None
+        if self.mode in (Mode.POLICY, Mode.TELEOP):
+            self.mode = Mode.IDLE
+
+    @property
+    def at_rest(self) -> bool:
+        return not self.guard.velocity.any()
 
     def request(self, request: dict[str, Any], t_ns: int) -> dict[str, Any]:
-        """Carry out a request (`mode`, `home`, `move`, `status`) or refuse it with a sentence."""
+        """Carry out a request (`mode`, `stop`, `home`, `move`, `status`) or refuse it with a sentence."""
         verb = request["verb"]
         if verb == "mode":
             return self._request_mode(str(request.get("mode")))
+        if verb == "stop":
+            self.stop()
+            return self._answer()
         if verb == "home":
             home = {name: joint.home for name, joint in self._cell.cell.arm.joints.items() if joint.home is not None}
             return self._request_move(home, t_ns)
@@ -117,39 +144,53 @@ class Controller:
             return self._request_move(request.get("joints"), t_ns)
         if verb == "status":
             return self._answer()
-        return {"ok": False, "why": f"{verb!r} is not a request; known are mode, home, move, status"}
+        return {"ok": False, "why": f"{verb!r} is not a request; known are mode, stop, home, move, status"}
 
     def _answer(self) -> dict[str, Any]:
         return {"ok": True, "mode": self.mode.name.lower(), "fault": self.fault}
 
     def _request_mode(self, wanted: str) -> dict[str, Any]:
         now = Circumstances(
-            has_policy=self.ensemble is not None, has_leader=False, fault_persists=self._fault_now is not None
+            has_policy=self.ensemble is not None,
+            has_leader=False,
+            fault_persists=self._fault_now is not None,
+            all_answer=bool(self.guard.answering.all()),
         )
         mode, refusal = next_mode(self.mode, wanted, now)
         if refusal is not None:
             return {"ok": False, "why": refusal}
+        self._move = None
         if mode is not self.mode:
-            self.fault = None
-            self._move = None
-            self._held = False
-            if mode is Mode.POLICY and self.ensemble is not None:
-                self.ensemble.clear()
-        self.mode = mode
+            self._enter(mode)
         return self._answer()
+
+    def _enter(self, mode: Mode) -> None:
+        if mode is Mode.IDLE and (self.mode is Mode.FAULT or not self.torque_on):
+            stiffened = np.ones_like(self._released) if not self.torque_on else self._released
+            self.guard.rest_at(self._position, stiffened)
+            self._released[:] = False
+        if mode is Mode.POLICY and self.ensemble is not None:
+            self.ensemble.clear()
+            self._holding = True
+        self.torque_on = mode is not Mode.LIMP
+        self.fault = None
+        self.mode = mode
 
     def _request_move(self, joints: Any, t_ns: int) -> dict[str, Any]:
         if self.mode is not Mode.IDLE:
             return {"ok": False, "why": f"moves need mode idle, the mode is {self.mode.name.lower()}"}
-        target = self.guard.goal.copy()
         names = self._cell.cell.joint_names
-        for name, value in joints.items() if isinstance(joints, dict) else ():
-            if name not in names or not isinstance(value, int | float) or not np.isfinite(value):
+        if not isinstance(joints, dict) or not joints:
+            return {"ok": False, "why": 'a move names joints and positions, such as {"gripper": 50}'}
+        target = self.guard.goal.copy()
+        for name, value in joints.items():
+            position = _number(value)
+            if name not in names or position is None:
                 return {
                     "ok": False,
                     "why": f"{name}={value!r} is not a joint's position; joints are {', '.join(names)}",
                 }
-            target[names.index(name)] = value
+            target[names.index(name)] = position
         target = np.clip(target, self.guard.limits.position_min, self.guard.limits.position_max)
         duration_s = self._move_duration_s(np.abs(target - self.guard.goal))
         self._move = Move(self.guard.goal, target, t_ns, duration_s)
@@ -162,21 +203,31 @@ class Controller:
         return float(np.maximum(by_speed, by_acceleration).max())
 
     def step(self, t_ns: int) -> Decision:
-        """Decide the goal for the instant t_ns. To be called once a period."""
+        """Decide the goals for the instant t_ns. To be called once a period."""
         requested: Floats | None = None
         choice: Choice | None = None
         if self.mode is Mode.POLICY and self.ensemble is not None:
             choice = self.ensemble.at(t_ns)
             requested = None if choice is None else choice.action
-            if choice is None and self._held is False:
+            if choice is None and not self._holding:
                 self.holds += 1
-            self._held = choice is None
+            self._holding = choice is None
         elif self.mode is Mode.IDLE and self._move is not None:
             requested = self._move.at(t_ns)
-            if t_ns >= self._move.end_ns + 500_000_000:
+            if t_ns >= self._move.end_ns + _MOVE_SETTLES_NS:
                 self._move = None
-        nothing = np.full_like(self.guard.goal, np.nan)
-        if self.mode is Mode.LIMP:
-            return Decision(None, nothing, holding=True, choice=None)
-        goal = self.guard.limit(requested)
-        return Decision(goal, nothing if requested is None else requested, requested is None, choice)
+        goal = self.guard.limit(requested if self.torque_on else None)
+        to = self.guard.answering & ~self._released if self.torque_on else np.zeros_like(self._released)
+        said = np.full_like(goal, np.nan) if requested is None else requested
+        return Decision(goal, to, said, requested is None, choice)
+
+
+def _number(value: Any) -> float | None:
+    """A finite number out of JSON, or None: neither true nor a number too large for a float is one."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    return number if np.isfinite(number) else None

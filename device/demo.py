@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -36,7 +37,9 @@ from device.topic import TopicReader, topic_path
 
 _START_TIMEOUT_S = 60.0
 _POLL_S = 0.05
-_MEASURED_IN_REAL_TIME = ("lateness_us", "inference_ms")  # null in lockstep, where time is simulated
+_REDRAW_S = 0.4  # the figures are computed anew for it
+# Null in lockstep, where time is simulated and there is no bus.
+_MEASURED_IN_REAL_TIME = ("ticks_missed", "lateness_us", "inference_ms", "bus_errors", "chunks_refused", "records_lost")
 _SETTLE_S = 0.7  # after homing: the arm rests, the cameras have seen the new cube
 _LINGER_S = 0.5  # after the task is done: the hand withdraws
 
@@ -95,6 +98,7 @@ class Result:
 
 def run_demo(options: Options) -> Result:
     """Run the demo. Raises UnderstudyError when a role does not start or dies."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the roles are stopped
     # A report that cannot be written should be known before the work, not after it.
     options.report.mkdir(parents=True, exist_ok=True)
     if options.lockstep:
@@ -141,16 +145,18 @@ def _run_lockstep(options: Options, cell: LoadedCell) -> Result:
     bundle = _bundle_of(cell)
     inference_ns = round((NOMINAL_INFERENCE_MS + options.inference_delay_ms) * 1e6)
     policy = LockstepPolicy(bundle, inference_ns, threads=os.cpu_count() or 1)
-    episodes, goals = [], []
+    episodes: list[Episode] = []
+    goals, run_holds = [], []
     for number in range(options.episodes):
         run = run_episode(cell, policy, options.seed + number, options.time_limit_s)
-        episodes.append(Episode(run.seed, run.seconds, run.progress))
+        episodes.append(Episode(run.seed, run.seconds, f"fault: {run.fault}" if run.fault else run.progress))
         goals.append(run.goals)
+        run_holds.append(run.holds)
         _tell(options.episodes, number, episodes[-1])
     units = [joint.unit for joint in cell.cell.arm.joints.values()]
     nothing = np.empty(0, TICKS)
     figures = measure(nothing, np.concatenate(goals), np.empty(0, [("t_ns", "<i8")]), units)
-    figures = replace(figures, ticks=sum(len(part) for part in goals))
+    figures = replace(figures, ticks=sum(len(part) for part in goals), holds=sum(run_holds))
     result = Result(options, cell.cell.policy.handoff or bundle.manifest.handoff.method, figures, episodes)
     (options.report / "report.json").write_text(json.dumps(result.as_json(), indent=2) + "\n")
     if not options.quiet:
@@ -173,6 +179,8 @@ def _bundle_of(cell: LoadedCell) -> Bundle:
 
 
 class _Demo:
+    """The demo in real time, with the cell's processes."""
+
     def __init__(self, options: Options, cell: LoadedCell, runtime: Path, processes: Processes) -> None:
         self._options = options
         self._cell = cell
@@ -181,6 +189,7 @@ class _Demo:
         self._console = Console(stderr=options.quiet)
         self._world = TopicReader(topic_path(runtime, "world"))
         self._episodes: list[Episode] = []
+        self._redraw_at = 0.0
         self._film = Film(runtime, list(cell.cell.cameras))
         self._units = [joint.unit for joint in cell.cell.arm.joints.values()]
 
@@ -247,7 +256,8 @@ class _Demo:
         tick = self._observer.latest("ticks")
         if tick is not None and tick["mode"] == Mode.FAULT:
             raise UnderstudyError(f"the arm is in fault: {str(tick['fault'], 'utf-8')}")
-        if not self._options.quiet:
+        if not self._options.quiet and time.monotonic() > self._redraw_at:
+            self._redraw_at = time.monotonic() + _REDRAW_S
             self._live.update(self._table(doing))
 
     def _conclude(self) -> Result:

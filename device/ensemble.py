@@ -102,9 +102,13 @@ class ChunkEnsemble:
         if policy != self._policy:
             self.clear()
             self._policy = policy
-        if len(self._order) and t_obs_ns <= self._t_obs[self._order[-1]]:
-            self.rejected += 1
-            return False
+        if len(self._order):
+            newest = int(self._t_obs[self._order[-1]])
+            if t_obs_ns <= newest:
+                self.rejected += 1
+                return False
+            if t_obs_ns - newest > self.staleness_ns:
+                self.clear()  # what was seen before an outage has no say after it
         slot = self._free_slot()
         self._actions[slot, : len(actions)] = actions
         self._last[slot] = len(actions) - 1
@@ -127,16 +131,20 @@ class ChunkEnsemble:
         order = self._order
         if not len(order):
             return order
-        age = t_ns - self._t_obs[order]
-        ended = age > self._last[order] * self._dt[order]
-        if ended[-1] or age[-1] > self.staleness_ns or age[-1] < 0:
-            return order[:0]
+        known = order[self._t_obs[order] <= t_ns]  # a tick that runs late may ask for a time before the newest frame
+        if not len(known):
+            return known
+        age = t_ns - self._t_obs[known]
+        ended = age > self._last[known] * self._dt[known]
+        if ended[-1] or age[-1] > self.staleness_ns:
+            return known[:0]
         if self.method == "ensemble":
-            order = order[~ended]
+            known = known[~ended]
         elif self.method == "latest":
-            order = order[-1:]
+            known = known[-1:]
+        order = np.concatenate([known, order[self._t_obs[order] > t_ns]]) if known[-1] != order[-1] else known
         self._order = order
-        return order
+        return known
 
     def at(self, t_ns: int) -> Choice | None:
         """The action meant for t_ns; None when every chunk has ended or the newest observation is too old."""
@@ -207,5 +215,6 @@ class ChunkEnsemble:
             say = min(max(float(t_ns - self._t_added[order[i]]) / advance, 0.0), 1.0)
             weights[:i] *= 1.0 - say
             weights[i] = say
-        self._order = order[np.flatnonzero(weights)[0] :]
+        overtaken = int(np.flatnonzero(weights)[0])
+        self._order = self._order[overtaken:]
         return weights

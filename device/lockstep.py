@@ -15,16 +15,16 @@ import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
 
+from device.arm import decode
 from device.bundle import STATE, Bundle
 from device.config import LoadedCell
 from device.controller import Controller
 from device.engine import Engine, open_engine
 from device.ensemble import ChunkEnsemble
-from device.execute import decode, ensemble_for
-from device.messages import Mode, goals_dtype, joints_dtype
+from device.execute import ensemble_for
+from device.messages import goals_dtype, joints_dtype
 from device.virtual_camera import JPEG_QUALITY
 from device.virtual_cell import TIMESTEP_S, LockstepCell
-from firmware_bridge import packets, registers
 from firmware_bridge.bus import ServoState
 
 Floats = NDArray[np.float64]
@@ -44,6 +44,7 @@ class LockstepEpisode:
     seconds: float | None
     progress: str
     goals: NDArray[Any]  # goals_dtype, one a tick
+    holds: int
     fault: str | None
 
 
@@ -110,7 +111,9 @@ class _Episode:
         done = bool(done_ns) and progress == "done"
         self._lockstep.world.close()
         goals = np.array([goal[()] for goal in self._goals], dtype=self._goals[0].dtype)
-        return LockstepEpisode(self._seed, done_ns / 1e9 if done else None, progress, goals, self._controller.fault)
+        return LockstepEpisode(
+            self._seed, done_ns / 1e9 if done else None, progress, goals, self._controller.holds, self._controller.fault
+        )
 
     def _physics_until(self, t_ns: int) -> None:
         """Advance the world to t_ns; looks where a frame falls due, and lets a finished inference be known."""
@@ -135,8 +138,7 @@ class _Episode:
             _, observed_ns, actions = self._pending.popleft()
             self._ensemble.add(t_ns, observed_ns, self._dt_ns, actions)
         decision = self._controller.step(t_ns)
-        if decision.goal is not None:
-            self._send(self._cell.units.to_raw(decision.goal))
+        self._send(self._cell.units.to_raw(decision.goal), decision.to)
         self._record(t_ns, decision)
 
     def _read(self, t_ns: int) -> None:
@@ -152,17 +154,17 @@ class _Episode:
             state.error[index] = bank.error(index)
         decode(state, self._cell.units, self._reading, 0)
 
-    def _send(self, goal_raw: NDArray[np.int32]) -> None:
-        register = registers.GOAL_POSITION
-        data = [register.encode(int(goal)) for goal in goal_raw]
-        self._lockstep.bank.handle(packets.sync_write(self._cell.servo_ids, register.address, data))
+    def _send(self, goal_raw: NDArray[np.int32], to: NDArray[np.bool_]) -> None:
+        for servo, goal, there in zip(self._cell.servo_ids, goal_raw, to, strict=True):
+            if there:
+                self._lockstep.bank.write_register(servo, "Goal_Position", int(goal))
 
     def _record(self, t_ns: int, decision: Any) -> None:
         record = np.zeros((), goals_dtype(len(self._cell.servo_ids)))
         choice = decision.choice
         record["t_ns"], record["tick"] = t_ns, len(self._goals)
-        record["requested"], record["goal"] = decision.requested, self._controller.guard.goal
-        record["mode"], record["holding"] = Mode.POLICY, decision.holding
+        record["requested"], record["goal"] = decision.requested, decision.goal
+        record["mode"], record["holding"] = self._controller.mode, decision.holding
         record["chunk_age_ns"] = -1 if choice is None else choice.age_ns
         record["boundary"] = 0 if choice is None else choice.changed
         self._goals.append(record)

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import select
 import sys
 from collections.abc import Callable
 
@@ -18,9 +20,36 @@ OURS = ("world", "capture", "execute", "predict", "topic")
 Field = str | int | float | bool | None
 
 
+class NonBlockingHandler(logging.Handler):
+    """Writes lines to a descriptor and never waits for its reader: what does not fit is dropped and counted.
+
+    A full pipe or a stopped terminal must not stop a control loop.
+    """
+
+    _ATOMIC = 4096  # PIPE_BUF: a pipe that is writable takes so much without blocking
+
+    def __init__(self, descriptor: int) -> None:
+        super().__init__()
+        self.dropped = 0
+        self._descriptor = descriptor
+        self._poll = select.poll()
+        self._poll.register(descriptor, select.POLLOUT)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        line = (self.format(record) + "\n").encode(errors="replace")[: self._ATOMIC]
+        try:
+            if any(events & select.POLLOUT for _, events in self._poll.poll(0)):
+                os.write(self._descriptor, line)
+                return
+        except OSError:
+            pass
+        self.dropped += 1
+
+
 def set_up(level: int = logging.INFO) -> None:
     """Send events to standard error, where systemd's journal (or a terminal) adds the time itself."""
-    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(name)s: %(message)s", force=True)
+    handler = NonBlockingHandler(sys.stderr.fileno())
+    logging.basicConfig(handlers=[handler], level=logging.WARNING, format="%(name)s: %(message)s", force=True)
     for name in OURS:
         logging.getLogger(name).setLevel(level)
 

@@ -91,6 +91,7 @@ TICKS = np.dtype(
         ("unsent", "<u8"),  # ticks whose goals did not reach the bus, since start
         ("bus_errors", "<u8"),  # timeouts + checksum errors since start
         ("holds", "<u8"),  # times that all sources had gone stale, since start
+        ("chunks_refused", "<u8"),  # of another policy, or unusable, since start
         ("mode", "u1"),  # Mode
         ("fault", "S96"),  # why the mode is FAULT, else empty
     ],

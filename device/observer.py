@@ -6,6 +6,7 @@ what the roles themselves published: nothing is timed from outside.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from device.topic import TopicReader, topic_path
 from firmware_bridge.calibration import Unit
 
 Records = NDArray[Any]
+_SAME_RUN_NS = 1_000_000_000  # ticks further apart than this belong to different runs
 _WATCHED = ("joints", "goals", "ticks", "chunks")
 
 
@@ -33,8 +35,12 @@ class Figures:
     chunk_age_ms: dict[str, float]
     boundary_step_deg_max: float  # largest step between consecutive goals where the set of live chunks changed
     inner_step_deg_max: float  # ... and where it did not
+    requested_boundary_step_deg_max: float  # the same before the guard: what the hand-over itself asked for
+    requested_inner_step_deg_max: float
     holds: int  # times that all chunks had gone stale
     bus_errors: int
+    chunks_refused: int
+    records_lost: int  # records that were overwritten before they were looked at: the figures lack them
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -78,25 +84,26 @@ class Observer:
         return np.concatenate(parts) if parts else np.empty(0, [("t_ns", "<i8")])
 
     def recent_rates_hz(self) -> dict[str, float]:
-        """Records a second over the last second or so, by what they are."""
+        """Records a second over the last second and a half, by what they are."""
         rates = {}
         for name, label in (("ticks", "control"), ("chunks", "inference")):
             newest = np.concatenate([part["t_ns"] for part in self._records[name][-40:]] or [np.zeros(0, np.int64)])
-            newest = newest[newest > newest[-1] - 1_500_000_000] if len(newest) else newest
-            span = float(newest[-1] - newest[0]) if len(newest) > 1 else 0.0
-            rates[label] = (len(newest) - 1) * 1e9 / span if span else 0.0
+            window_ns = 1_500_000_000
+            rates[label] = float(np.count_nonzero(newest > time.monotonic_ns() - window_ns)) * 1e9 / window_ns
         return rates
 
     def figures(self, units: Sequence[Unit]) -> Figures:
         """Figures over the ticks in policy mode. `units` of the joints: only degrees count as steps."""
-        return measure(self.all("ticks"), self.all("goals"), self.all("chunks"), units)
+        return measure(self.all("ticks"), self.all("goals"), self.all("chunks"), units, self.lost)
 
 
-def measure(ticks: Records, goals: Records, chunks: Records, units: Sequence[Unit]) -> Figures:
-    """Figures of a run from its `ticks`, `goals` and `chunks` records."""
+def measure(ticks: Records, goals: Records, chunks: Records, units: Sequence[Unit], lost: int = 0) -> Figures:
+    """Figures of a run from its `ticks`, `goals` and `chunks` records, of which `lost` were missed."""
     running = ticks[ticks["mode"] == Mode.POLICY] if len(ticks) else ticks
     moving = goals[goals["mode"] == Mode.POLICY] if len(goals) else goals
-    boundary, inner = _largest_steps(moving, [i for i, unit in enumerate(units) if unit is Unit.degrees])
+    degrees = [i for i, unit in enumerate(units) if unit is Unit.degrees]
+    boundary, inner = _largest_steps(moving, "goal", degrees)
+    asked_boundary, asked_inner = _largest_steps(moving, "requested", degrees)
     return Figures(
         ticks=len(running),
         ticks_missed=_growth(running, "missed") + _growth(running, "unsent"),
@@ -105,22 +112,24 @@ def measure(ticks: Records, goals: Records, chunks: Records, units: Sequence[Uni
         chunk_age_ms=_percentiles(_live_age_ns(moving) / 1e6, p50=50, p99=99),
         boundary_step_deg_max=boundary,
         inner_step_deg_max=inner,
+        requested_boundary_step_deg_max=asked_boundary,
+        requested_inner_step_deg_max=asked_inner,
         holds=_growth(running, "holds"),
         bus_errors=_growth(running, "bus_errors"),
+        chunks_refused=_growth(running, "chunks_refused"),
+        records_lost=lost,
     )
 
 
-def _largest_steps(goals: Records, joints: list[int]) -> tuple[float, float]:
-    """Largest step between the goals of consecutive ticks, at chunk boundaries and elsewhere."""
+def _largest_steps(goals: Records, field: str, joints: list[int]) -> tuple[float, float]:
+    """Largest step between consecutive ticks, at chunk boundaries and elsewhere; none where nothing was asked for."""
     if len(goals) < 2 or not joints:
         return 0.0, 0.0
-    steps = np.abs(np.diff(goals["goal"][:, joints], axis=0)).max(axis=1)
+    steps = np.nan_to_num(np.abs(np.diff(goals[field][:, joints], axis=0)).max(axis=1))
     consecutive = np.diff(goals["tick"].astype(np.int64)) == 1
     boundary = goals["boundary"][1:] == 1
-    return (
-        float(steps[consecutive & boundary].max(initial=0.0)),
-        float(steps[consecutive & ~boundary].max(initial=0.0)),
-    )
+    at, elsewhere = steps[consecutive & boundary], steps[consecutive & ~boundary]
+    return round(float(at.max(initial=0.0)), 4), round(float(elsewhere.max(initial=0.0)), 4)
 
 
 def _field(records: Records, name: str) -> NDArray[np.float64]:
@@ -133,11 +142,15 @@ def _live_age_ns(goals: Records) -> NDArray[np.float64]:
 
 
 def _growth(records: Records, name: str) -> int:
-    """How much a counter that only grows has grown; a restarted writer begins at 0 again."""
-    if not len(records):
+    """How much a counter that only grows has grown within runs of consecutive ticks in policy mode.
+
+    What happened between two such runs (while homing, say) does not count; a restarted writer begins at 0 again.
+    """
+    if len(records) < 2:
         return 0
     steps = np.diff(records[name].astype(np.int64))
-    return int(steps[steps > 0].sum())
+    gaps = np.diff(records["t_ns"]) > _SAME_RUN_NS
+    return int(steps[(steps > 0) & ~gaps].sum())
 
 
 def _percentiles(values: NDArray[np.float64], **at: float) -> dict[str, float]:

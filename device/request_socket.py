@@ -1,7 +1,8 @@
 """How a person or a program asks a role for something: one JSON datagram to a Unix socket in the runtime directory.
 
 The command and the demo use `ask`; `execute` (and the virtual world) hold a `RequestSocket` and take what has come, if
-anything, once a tick, without ever waiting. A request is an object with a `verb`; the answer is `{"ok": true, ...}` or
+anything, once a tick, without ever waiting. A request is an object with a `verb`, and a `deadline_ns` after which it is
+refused; the answer is `{"ok": true, ...}` or
 `{"ok": false, "why": "one sentence"}`. Who may ask is decided by the permissions of the runtime directory.
 """
 
@@ -44,14 +45,21 @@ class RequestSocket:
             return
         try:
             request = json.loads(data)
-            known = isinstance(request, dict) and isinstance(request.get("verb"), str)
-            answer = self._handler(request) if known else {"ok": False, "why": "a request is a JSON object with a verb"}
-        except ValueError as error:
-            answer = {"ok": False, "why": str(error)}
+            answer = self._answer(request)
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            answer = {"ok": False, "why": f"not understood: {error}"}
         # Who asked and did not wait for the answer must not disturb the loop.
         with contextlib.suppress(OSError):
             if sender:
                 self._socket.sendto(json.dumps(answer).encode(), sender)
+
+    def _answer(self, request: Any) -> Answer:
+        if not isinstance(request, dict) or not isinstance(request.get("verb"), str):
+            return {"ok": False, "why": "a request is a JSON object with a verb"}
+        # Who asked has given up by then and may stand next to the arm: never act on a request that is too old.
+        if time.monotonic_ns() > int(request.get("deadline_ns", 2**63)):
+            return {"ok": False, "why": "the request came too late"}
+        return self._handler(request)
 
     def close(self) -> None:
         self._socket.close()
@@ -68,7 +76,9 @@ def ask(runtime: Path, role: str, verb: str, *, timeout_s: float = 2.0, **fields
         channel.bind(str(mine))
         try:
             channel.settimeout(timeout_s)
-            channel.sendto(json.dumps({"verb": verb, **fields}).encode(), str(runtime / f"{role}.sock"))
+            deadline_ns = time.monotonic_ns() + round(timeout_s * 1e9)
+            request = {"verb": verb, "deadline_ns": deadline_ns, **fields}
+            channel.sendto(json.dumps(request).encode(), str(runtime / f"{role}.sock"))
             answer: Answer = json.loads(channel.recv(_MAX_BYTES))
         except TimeoutError:
             raise DeviceUnavailableError(f"{role} did not answer within {timeout_s:g} s") from None

@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import signal
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from device import realtime
 from device.config import LoadedCell
+
+# Set by whoever runs roles as children in the foreground: without it nothing would stop them when it is killed.
+DIES_WITH_PARENT = "UNDERSTUDY_DIES_WITH_PARENT"
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,8 @@ def instances(cell: LoadedCell) -> list[tuple[str, str | None]]:
 def run_role(role: Role, cell: LoadedCell, camera: str | None, runtime: Path, **options: Any) -> None:
     """Run one role in this process until SIGINT or SIGTERM."""
     runtime.mkdir(parents=True, exist_ok=True, mode=0o750)
+    if os.environ.get(DIES_WITH_PARENT):
+        realtime.die_with_parent()
     stop = stop_on_signals()
     entry: Callable[..., None] = importlib.import_module(role.module).run
     logging.getLogger(role.name).debug("starting")
@@ -66,8 +72,8 @@ def run_role(role: Role, cell: LoadedCell, camera: str | None, runtime: Path, **
 
 
 def stop_on_signals() -> Callable[[], bool]:
-    """A function that turns true once SIGINT or SIGTERM has come."""
-    stopped = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stopped.set())
-    return stopped.is_set
+    """A function that turns true once SIGINT, SIGTERM or SIGHUP (the terminal was closed) has come."""
+    stopped: list[int] = []
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: stopped.append(number))
+    return lambda: bool(stopped)

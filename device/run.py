@@ -1,7 +1,7 @@
 """`understudy run` in the foreground: all roles of a cell as children of this terminal, stopped together.
 
 In production systemd starts each role as a unit of its own and restarts it; this is for a bench, the demo and tests.
-It supervises nothing: a role that ends is reported, and the others go on, as they would under systemd.
+It supervises nothing: when one role ends, the others are stopped too, and the command says which one it was.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO
 
 from device.config import LoadedCell
-from device.roles import instances, stop_on_signals
+from device.roles import DIES_WITH_PARENT, instances, stop_on_signals
 
 
 def command(role: str, camera: str | None, cell: LoadedCell, *options: str) -> list[str]:
@@ -64,7 +64,7 @@ class Processes:
                 child.wait()
 
     def _environment(self) -> dict[str, str]:
-        return {**os.environ, "RUNTIME_DIRECTORY": str(self._runtime), "PYTHONUNBUFFERED": "1"}
+        return {**os.environ, "RUNTIME_DIRECTORY": str(self._runtime), "PYTHONUNBUFFERED": "1", DIES_WITH_PARENT: "1"}
 
 
 def run_all(cell: LoadedCell, runtime: Path) -> int:

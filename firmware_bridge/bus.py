@@ -97,6 +97,7 @@ class ServoBus:
         self._block = 0
         self._goals = SyncWriteTemplate(self.ids, registers.GOAL_POSITION)
         self._torque = SyncWriteTemplate(self.ids, registers.TORQUE_ENABLE)
+        self._speed_limits = SyncWriteTemplate(self.ids, registers.register("Goal_Velocity"))
         self._descriptor = -1
         self._poll = select.poll()
         self._open()
@@ -123,18 +124,30 @@ class ServoBus:
             self.counters.servo_errors += int(np.count_nonzero(state.error[state.valid]))
         return state
 
-    def write_goals(self, goal_raw: npt.ArrayLike) -> None:
+    def write_goals(self, goal_raw: npt.ArrayLike, to: npt.ArrayLike | None = None) -> None:
         """One sync write of Goal_Position: int [J], ticks as `position_raw`. Switches torque on where it is off.
 
-        Raises BusLost, and ValueError for a goal outside -32767..32767.
+        `to`, bool [J], names the servos that are written to (all by default). Raises BusLost, and ValueError for a goal
+        outside -32767..32767.
         """
-        self._send(self._goals.fill(goal_raw))
-        self.counters.writes += 1
+        self._write(self._goals, goal_raw, to)
 
-    def write_torque(self, enabled: bool | Sequence[bool]) -> None:
+    def write_torque(self, enabled: bool | Sequence[bool], to: npt.ArrayLike | None = None) -> None:
         """One sync write of Torque_Enable: one value for all servos, or one for each. Raises BusLost."""
-        self._send(self._torque.fill(np.broadcast_to(np.asarray(enabled, np.int32), (len(self.ids),))))
-        self.counters.writes += 1
+        self._write(self._torque, np.broadcast_to(np.asarray(enabled, np.int32), (len(self.ids),)), to)
+
+    def write_speed_limits(self, velocity_raw: npt.ArrayLike, to: npt.ArrayLike | None = None) -> None:
+        """One sync write of Goal_Velocity, which in position mode caps the speed: int [J], ticks/s. Raises BusLost.
+
+        The register is lost when a servo loses power; 0 means as fast as it can.
+        """
+        self._write(self._speed_limits, velocity_raw, to)
+
+    def _write(self, template: SyncWriteTemplate, values: npt.ArrayLike, to: npt.ArrayLike | None) -> None:
+        packet = template.fill(values) if to is None else template.fill_some(values, np.asarray(to, np.bool_))
+        if packet:
+            self._send(packet)
+            self.counters.writes += 1
 
     def reopen(self) -> None:
         """Close and open the port again, after BusLost. Raises PortUnavailable while it is not back."""

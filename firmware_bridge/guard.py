@@ -1,10 +1,10 @@
 """The last thing before the bus, in every mode: turns whatever it is given into something safe, or says why it cannot.
 
-`execute` owns one Guard and passes every goal through `limit` and every reading through `check`; there is no other way
-to the servos. `limit` never raises and never lets through a goal outside the position limits, a speed above the
-joint's, or an acceleration above the joint's: without a usable request it decelerates and holds. `check` returns the
-reason for a fault, once it has lasted; the caller then enters fault and holds. No clock, file or bus in here: values
-and times come in as arguments.
+`execute` owns one Guard, shows it every reading through `check`, and passes every goal through `limit`; there is no
+other way to the servos. `limit` never raises and never lets through a goal outside the position limits, a speed above
+the joint's, or an acceleration above the joint's: without a usable request, or while any servo does not answer, it
+decelerates and holds. A servo that answers again starts from where it is, not from where it was told to be. `check`
+returns the reason for a fault, once it has lasted. No clock, file or bus in here: values and times come as arguments.
 """
 
 from __future__ import annotations
@@ -18,9 +18,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
+Bools = NDArray[np.bool_]
 
 # STS3215 status byte: input voltage, angle sensor, overheat, overcurrent, overload (memory table, address 65).
 ERROR_NAMES = {1: "voltage", 2: "angle sensor", 4: "overheating", 8: "overcurrent", 32: "overload"}
+
+
+OVERLOAD = 32
+
+# How much lost replies weigh against good ones: with 1 to 4, a servo may lose one reply in five for ever.
+_FORGIVENESS = 0.25
+_LONGEST_STEP_S = 0.1  # between two checks, as far as lost replies are counted
 
 
 class Intervention(IntFlag):
@@ -32,44 +40,67 @@ class Intervention(IntFlag):
     POSITION = 4
     SPEED = 8
     ACCELERATION = 16
+    SILENT = 32  # a servo does not answer: decelerated or held
+    LEASH = 64  # the goal was not let further away from the joint
 
 
 @dataclass(frozen=True)
 class GuardLimits:
-    """Per joint [J] in joint units (and per s, s^2); the rest for the whole arm."""
+    """Per joint [J] in joint units (and per s, s^2), or one value for all joints; the rest for the whole arm.
+
+    `grips` marks joints that hold things: they need not reach their goal, may push as hard as they are set up to, and
+    their servo's overload protection is doing its work, not failing.
+    """
 
     position_min: Floats
     position_max: Floats
     max_speed: Floats
     max_acceleration: Floats
+    grips: Bools | bool = False
     max_load: float = 0.9  # fraction of stall torque
     load_s: float = 1.0  # for so long
     max_temperature_c: float = 65.0
     min_voltage_v: float = 4.5
     max_voltage_v: float = 13.0
-    silent_s: float = 0.5  # a servo that has not answered for so long
+    trust_s: float = 0.05  # a servo that has been silent for longer gets no goals, and the arm holds
+    silent_s: float = 0.5  # a servo that has been silent for so long, or has lost so much in all, is a fault
     follow_error: float = 30.0  # joint units between goal and position ...
     follow_s: float = 0.7  # ... for so long: blocked, torque off, or a gear has gone
+    leash_s: float = 0.2  # a goal is never further from the joint than full speed covers in this time
     error_s: float = 0.1  # an error bit that has been set for so long
 
 
 class Guard:
-    """Limits motion tick by tick. Attributes: interventions (of the last tick); goal, velocity [J] (last sent)."""
+    """Limits motion tick by tick.
+
+    Attributes: goal, velocity [J] (last let through); interventions (of the last tick); answering [J], the servos that
+    may be sent goals; returned [J], those that began to answer again with the last `check`.
+    """
 
     def __init__(self, names: Sequence[str], limits: GuardLimits, period_s: float) -> None:
+        joints = len(names)
         self.limits = limits
         self.interventions = Intervention.NONE
-        self.goal: Floats = np.zeros(len(names))
-        self.velocity: Floats = np.zeros(len(names))
+        self.goal: Floats = np.zeros(joints)
+        self.velocity: Floats = np.zeros(joints)
+        self.answering: Bools = np.ones(joints, np.bool_)
+        self.returned: Bools = np.zeros(joints, np.bool_)
         self._names = tuple(names)
         self._dt = period_s
+        self._grips: Bools = np.broadcast_to(np.asarray(limits.grips, np.bool_), (joints,))
+        self._leash = np.where(self._grips, np.inf, limits.max_speed * limits.leash_s)
         self._last_request: Floats | None = None
+        self._measured: Floats | None = None
         self._since: dict[str, NDArray[np.int64]] = {}
+        self._checked_ns: int | None = None
+        self._answered_ns: NDArray[np.int64] = np.zeros(joints, np.int64)
+        self._lost_s: Floats = np.zeros(joints)
 
-    def rest_at(self, position: Floats) -> None:
-        """The arm is at rest here (joint units): the next goals start from it."""
-        self.goal = np.array(position, dtype=np.float64)
-        self.velocity = np.zeros(len(self._names))
+    def rest_at(self, position: Floats, joints: Bools | None = None) -> None:
+        """The arm (or only the joints marked) is at rest at `position` [J]: the next goals start from there."""
+        where = np.ones(len(self._names), np.bool_) if joints is None else joints
+        self.goal = np.where(where, position, self.goal)
+        self.velocity = np.where(where, 0.0, self.velocity)
         self._last_request = None
 
     def limit(self, requested: Floats | None) -> Floats:
@@ -80,15 +111,7 @@ class Guard:
         """
         limits, dt = self.limits, self._dt
         self.interventions = Intervention.NONE
-        if requested is not None and not np.isfinite(requested).all():
-            self.interventions |= Intervention.NOT_FINITE
-            requested = None
-        if requested is None:
-            self.interventions |= Intervention.STALE
-            wanted = np.zeros_like(self.velocity)
-            self._last_request = None
-        else:
-            wanted = self._chase(requested)
+        wanted = self._wanted(requested)
         speed = np.clip(wanted, -limits.max_speed, limits.max_speed)
         change = limits.max_acceleration * dt
         velocity = np.clip(speed, self.velocity - change, self.velocity + change)
@@ -98,9 +121,32 @@ class Guard:
         goal = self.goal + velocity * dt
         # The room to stop was kept, so this clip moves nothing but rounding (or an arm that rests outside its limits).
         goal = np.clip(goal, np.minimum(limits.position_min, self.goal), np.maximum(limits.position_max, self.goal))
+        goal = self._leashed(goal)
         self.velocity = (goal - self.goal) / dt
         self.goal = goal
         return goal
+
+    def _wanted(self, requested: Floats | None) -> Floats:
+        """The velocity [J] that the request asks for; 0 where there is no usable request or not every servo answers."""
+        if not self.answering.all():
+            self.interventions |= Intervention.SILENT
+        elif requested is None:
+            self.interventions |= Intervention.STALE
+        elif not np.isfinite(requested).all():
+            self.interventions |= Intervention.NOT_FINITE
+        else:
+            return self._chase(requested)
+        self._last_request = None
+        return np.zeros_like(self.velocity)
+
+    def _leashed(self, goal: Floats) -> Floats:
+        """Keep a goal from running away from a joint that does not follow; it may always come nearer."""
+        if self._measured is None:
+            return goal
+        room = np.maximum(self._leash, np.abs(self.goal - self._measured))
+        leashed = np.clip(goal, self._measured - room, self._measured + room)
+        self._note(Intervention.LEASH, leashed != goal)
+        return np.asarray(leashed)
 
     def _note(self, intervention: Intervention, where: NDArray[Any]) -> None:
         if where.any():
@@ -144,46 +190,67 @@ class Guard:
     ) -> str | None:
         """The reason for a fault, as a sentence, or None. All arrays [J]; `valid` false: no reply in this tick.
 
-        Every condition must have lasted: a single reading never stops a cell, a lasting one always does.
+        Every condition must have lasted: a single reading never stops a cell. Ticks without a reply prove nothing: they
+        neither begin a condition nor end it. `load` is a fraction of stall torque.
         """
         limits = self.limits
         answered = np.asarray(valid, dtype=bool)
-        checks: tuple[tuple[str, NDArray[Any], float], ...] = (
-            ("silent", ~answered, limits.silent_s),
-            ("error", answered & (error != 0), limits.error_s),
-            ("hot", answered & (temperature_c > limits.max_temperature_c), limits.error_s),
-            (
-                "voltage",
-                answered & ((voltage_v < limits.min_voltage_v) | (voltage_v > limits.max_voltage_v)),
-                limits.error_s,
-            ),
-            ("load", answered & (np.abs(load) > limits.max_load), limits.load_s),
-            (
-                "follow",
-                answered & (np.abs(position - self.goal) > limits.follow_error) if torque_on else answered & False,
-                limits.follow_s,
-            ),
-        )
-        for kind, condition, lasting_s in checks:
-            joint = self._lasted(kind, t_ns, condition, lasting_s)
-            if joint is not None:
-                return self._sentence(kind, joint, position, load, temperature_c, voltage_v, error)
-        return None
-
-    def _lasted(self, kind: str, t_ns: int, condition: NDArray[Any], lasting_s: float) -> int | None:
-        """The first joint for which the condition has been true without a break for lasting_s, or None."""
-        since = self._since.setdefault(kind, np.full(len(self._names), -1, np.int64))
-        since[~condition] = -1
-        since[condition & (since < 0)] = t_ns
-        if not condition.any():
+        self._listen(t_ns, position, answered)
+        ignored = np.where(self._grips, OVERLOAD, 0).astype(np.uint8)
+        off_voltage = (voltage_v < limits.min_voltage_v) | (voltage_v > limits.max_voltage_v)
+        overloaded = ~self._grips & (np.abs(load) > limits.max_load)
+        away = ~self._grips & torque_on & (np.abs(position - self.goal) > limits.follow_error)
+        joint = _first(self._lost_s >= limits.silent_s - 1e-9)
+        kind = "silent"
+        for kind_, condition, lasting_s in (
+            ("error", error & ~ignored != 0, limits.error_s),
+            ("hot", temperature_c > limits.max_temperature_c, limits.error_s),
+            ("voltage", off_voltage, limits.error_s),
+            ("load", overloaded, limits.load_s),
+            ("follow", away, limits.follow_s),
+        ):
+            lasted = self._lasted(kind_, t_ns, np.asarray(condition, np.bool_), answered, lasting_s)
+            if joint is None and lasted is not None:
+                kind, joint = kind_, lasted
+        if joint is None:
             return None
-        lasted = np.flatnonzero(condition & (t_ns - since >= lasting_s * 1e9))
-        return int(lasted[0]) if len(lasted) else None
+        return self._sentence(kind, joint, t_ns, position, load, temperature_c, voltage_v, error)
+
+    def no_bus(self) -> None:
+        """The bus is gone: no servo answers until a `check` says otherwise."""
+        self.answering = np.zeros_like(self.answering)
+        self._measured = None
+
+    def _listen(self, t_ns: int, position: Floats, answered: Bools) -> None:
+        """Who answers: short silences are lived through, long ones take a servo out until it answers again."""
+        since_s = 0.0 if self._checked_ns is None else (t_ns - self._checked_ns) / 1e9
+        step_s = min(max(since_s, 0.0), _LONGEST_STEP_S)
+        if self._checked_ns is None:
+            self._answered_ns[:] = t_ns
+        self._checked_ns = t_ns
+        self._answered_ns[answered] = t_ns
+        lost = self._lost_s + np.where(answered, -_FORGIVENESS * step_s, step_s)
+        self._lost_s = np.clip(lost, 0.0, self.limits.silent_s)
+        silent = t_ns - self._answered_ns > self.limits.trust_s * 1e9
+        answering = np.where(answered, True, self.answering & ~silent)
+        self.returned = answering & ~self.answering
+        self.answering = answering
+        self._measured = np.array(position, dtype=np.float64)
+        if self.returned.any():
+            self.rest_at(self._measured, self.returned)
+
+    def _lasted(self, kind: str, t_ns: int, condition: Bools, answered: Bools, lasting_s: float) -> int | None:
+        """The first joint whose every reply for lasting_s has shown the condition, or None."""
+        since = self._since.setdefault(kind, np.full(len(self._names), -1, np.int64))
+        since[answered & ~condition] = -1
+        since[answered & condition & (since < 0)] = t_ns
+        return _first((since >= 0) & answered & condition & (t_ns - since >= lasting_s * 1e9))
 
     def _sentence(
         self,
         kind: str,
         joint: int,
+        t_ns: int,
         position: Floats,
         load: NDArray[Any],
         temperature_c: NDArray[Any],
@@ -192,7 +259,9 @@ class Guard:
     ) -> str:
         name, limits = self._names[joint], self.limits
         if kind == "silent":
-            return f"{name}: no answer for {limits.silent_s:g} s: check its cable"
+            silent_s = (t_ns - int(self._answered_ns[joint])) / 1e9
+            what = f"no answer for {limits.silent_s:g} s" if silent_s > limits.trust_s else "too many lost replies"
+            return f"{name}: {what}: check its cable and power"
         if kind == "error":
             bits = [text for bit, text in ERROR_NAMES.items() if error[joint] & bit] or [f"code {error[joint]}"]
             return f"{name}: the servo reports {', '.join(bits)}"
@@ -206,6 +275,11 @@ class Guard:
             f"{name}: at {position[joint]:.1f}, its goal {self.goal[joint]:.1f}, for {limits.follow_s:g} s: "
             "blocked, or its torque is off"
         )
+
+
+def _first(where: Bools) -> int | None:
+    found = np.flatnonzero(where)
+    return int(found[0]) if len(found) else None
 
 
 def _stopping_speed(distance: Floats, acceleration: Floats, dt: float) -> Floats:

@@ -62,8 +62,9 @@ def open_port(path: str, baudrate: int) -> int:
 
 def close_port(descriptor: int) -> None:
     """Give the port back. Never raises: the adapter may be gone."""
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, termios.error):
         fcntl.ioctl(descriptor, termios.TIOCNXCL)
+        termios.tcflush(descriptor, termios.TCIOFLUSH)  # close would wait for a stuck adapter to take what is left
     with contextlib.suppress(OSError):
         os.close(descriptor)
 
@@ -141,9 +142,13 @@ def _reason(path: str, error: OSError) -> str:
 
 def _candidates() -> str:
     found = sorted(
-        str(port)
-        for pattern in ("ttyACM*", "ttyUSB*")
-        for port in Path("/dev").glob(pattern)
-        if stat.S_ISCHR(port.stat().st_mode)
+        str(port) for pattern in ("ttyACM*", "ttyUSB*") for port in Path("/dev").glob(pattern) if _is_tty(port)
     )
     return f"connected adapters are {', '.join(found)}" if found else "no serial adapter is connected"
+
+
+def _is_tty(port: Path) -> bool:
+    try:
+        return stat.S_ISCHR(port.stat().st_mode)
+    except OSError:  # unplugged between the listing and the look
+        return False

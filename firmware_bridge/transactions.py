@@ -134,15 +134,32 @@ class SyncWriteTemplate:
 
     def fill(self, values: npt.ArrayLike) -> bytearray:
         """The packet that writes integer `values` [J]. Valid until the next call."""
-        numbers = np.asarray(values)
-        if numbers.dtype.kind not in "iub" or numbers.shape != (len(self._ids),):
-            raise ValueError(f"{self._register.name} takes {len(self._ids)} integers, got {values!r}")
         items: list[int] = []
-        for servo_id, value in zip(self._ids, numbers.tolist(), strict=True):
-            word = int(value) if value >= 0 else self._sign - value
-            if abs(value) > self._largest or (value < 0 and not self._sign):
-                raise ValueError(f"{self._register.name} does not take {value}")
+        for servo_id, word in zip(self._ids, self._words(values), strict=True):
             items += (servo_id, word)
         self._pack_into(self._packet, 7, *items)
         self._packet[-1] = ~sum(self._packet[2:-1]) & 0xFF
         return self._packet
+
+    def fill_some(self, values: npt.ArrayLike, to: npt.NDArray[np.bool_]) -> bytearray | bytes:
+        """The same for the servos marked in `to`, bool [J]; empty where none is."""
+        if to.all():
+            return self.fill(values)
+        chosen = [(i, word) for i, word, there in zip(self._ids, self._words(values), to, strict=True) if there]
+        if not chosen:
+            return b""
+        size = self._register.size
+        data = [word.to_bytes(size, "little") for _, word in chosen]
+        return packets.sync_write([servo_id for servo_id, _ in chosen], self._register.address, data)
+
+    def _words(self, values: npt.ArrayLike) -> list[int]:
+        """What stands in the register for each value."""
+        numbers = np.asarray(values)
+        if numbers.dtype.kind not in "iub" or numbers.shape != (len(self._ids),):
+            raise ValueError(f"{self._register.name} takes {len(self._ids)} integers, got {values!r}")
+        words: list[int] = []
+        for value in numbers.tolist():
+            if abs(value) > self._largest or (value < 0 and not self._sign):
+                raise ValueError(f"{self._register.name} does not take {value}")
+            words.append(int(value) if value >= 0 else self._sign - value)
+        return words

@@ -25,13 +25,22 @@ def make(with_policy: bool = True) -> Controller:
     return controller
 
 
-def reading(position: np.ndarray = HOME) -> Any:
+def reading(position: np.ndarray = HOME, silent: list[int] | None = None) -> Any:
     record = np.zeros((), joints_dtype(6))
     record["position"] = position
     record["voltage_v"] = 7.4
     record["temperature_c"] = 30
     record["valid"] = 1
+    record["valid"][silent or []] = 0
     return record
+
+
+def live(controller: Controller, ticks: range, **what: Any) -> Any:
+    """Ticks with the same reading; returns the last decision."""
+    for tick in ticks:
+        controller.observe(tick * PERIOD, reading(**what))
+        decision = controller.step(tick * PERIOD)
+    return decision
 
 
 def feed(controller: Controller, t_ns: int, actions: np.ndarray) -> None:
@@ -130,45 +139,148 @@ def test_an_unknown_request_is_refused() -> None:
     assert "is not a request" in ask(make(), "dance")["why"]
 
 
+def test_idle_stops_a_move_and_so_does_stop() -> None:
+    for words in ({"verb": "mode", "mode": "idle"}, {"verb": "stop"}):
+        controller = make()
+        ask(controller, "move", joints={"shoulder_pan": 60.0})
+        for tick in range(40):
+            controller.step(tick * PERIOD)
+        assert controller.guard.velocity[0] > 5
+        assert controller.request(words, 40 * PERIOD)["ok"]
+        for tick in range(40, 80):
+            decision = controller.step(tick * PERIOD)
+        assert controller.at_rest
+        assert decision.goal[0] < 30
+
+
+def test_stop_ends_the_policy_and_leaves_a_limp_arm_limp() -> None:
+    controller = make()
+    ask(controller, "mode", mode="policy")
+    assert ask(controller, "stop")["mode"] == "idle"
+    ask(controller, "mode", mode="limp")
+    assert ask(controller, "stop")["mode"] == "limp"
+
+
+@pytest.mark.parametrize(
+    "joints", [None, [], {}, "gripper", {"gripper": True}, {"gripper": 10**400}, {"gripper": float("inf")}]
+)
+def test_a_move_that_makes_no_sense_is_refused_and_the_loop_goes_on(joints: Any) -> None:
+    controller = make()
+    assert not ask(controller, "move", joints=joints)["ok"]
+    np.testing.assert_allclose(controller.step(0).goal, HOME)
+
+
 def test_a_limp_arm_gets_no_goals_and_holds_where_it_was_put() -> None:
     controller = make()
     ask(controller, "mode", mode="limp")
-    assert controller.step(0).goal is None
+    assert not controller.torque_on
+    assert not live(controller, range(5)).to.any()
     elsewhere = HOME + 12.0
-    controller.observe(0, reading(elsewhere))
-    ask(controller, "mode", mode="idle")
-    np.testing.assert_allclose(controller.step(PERIOD).goal, elsewhere)
+    live(controller, range(5, 10), position=elsewhere)
+    assert ask(controller, "mode", mode="idle")["ok"]
+    decision = controller.step(10 * PERIOD)
+    np.testing.assert_allclose(decision.goal, elsewhere)
+    assert decision.to.all() and controller.torque_on
+
+
+def test_a_limp_arm_with_a_silent_servo_stays_limp() -> None:
+    controller = make()
+    ask(controller, "mode", mode="limp")
+    live(controller, range(10), silent=[3])
+    assert "does not answer" in ask(controller, "mode", mode="idle")["why"]
+    assert not controller.step(10 * PERIOD).to.any()
+
+
+def test_a_fault_of_a_limp_arm_leaves_it_limp() -> None:
+    """Somebody has the arm in hand: a loose cable must not stiffen it."""
+    controller = make()
+    ask(controller, "mode", mode="limp")
+    assert not live(controller, range(60), silent=[2]).to.any()
+    assert controller.mode is Mode.FAULT
+    assert not controller.torque_on
+    elsewhere = HOME + 20.0
+    live(controller, range(60, 90), position=elsewhere)
+    assert ask(controller, "mode", mode="reset")["ok"]
+    decision = live(controller, range(90, 95), position=elsewhere)
+    np.testing.assert_allclose(decision.goal, elsewhere)
+    assert decision.to.all()
+
+
+def test_a_person_can_free_an_arm_whose_fault_lasts() -> None:
+    controller = make()
+    live(controller, range(60), silent=[2])
+    assert "still so" in ask(controller, "mode", mode="reset")["why"]
+    assert ask(controller, "mode", mode="limp")["ok"]
+    assert not live(controller, range(60, 70), silent=[2]).to.any()
 
 
 def test_a_silent_servo_leads_to_fault_and_only_a_reset_leads_out() -> None:
     controller = make()
     ask(controller, "mode", mode="policy")
-    silent = reading()
-    silent["valid"][2] = 0
-    for tick in range(40):
-        controller.observe(tick * PERIOD, silent)
+    decision = live(controller, range(40), silent=[2])
     assert controller.mode is Mode.FAULT
-    assert controller.fault == "elbow_flex: no answer for 0.5 s: check its cable"
-    assert controller.step(40 * PERIOD).holding
+    assert controller.fault == "elbow_flex: no answer for 0.5 s: check its cable and power"
+    assert decision.holding
+    assert decision.to.tolist() == [True, True, False, True, True, True]
     assert "in fault" in ask(controller, "mode", mode="policy")["why"]
     assert "still so" in ask(controller, "mode", mode="reset")["why"]
-    controller.observe(41 * PERIOD, reading())
+    live(controller, range(40, 42))
     assert ask(controller, "mode", mode="reset")["ok"]
     assert (controller.mode, controller.fault) == (Mode.IDLE, None)
+    assert controller.step(42 * PERIOD).to.all()
 
 
-def test_a_blocked_arm_lets_go_of_its_goal() -> None:
+def test_power_that_comes_back_stiffens_nothing_before_the_reset_and_then_holds_where_the_arm_is() -> None:
+    """An emergency stop that cuts the servos' power while the adapter lives: they come back limp, and moved by hand."""
     controller = make()
-    controller.guard.rest_at(HOME + 50.0)
-    for tick in range(60):
-        controller.observe(tick * PERIOD, reading())
+    live(controller, range(120), silent=[0, 1, 2, 3, 4, 5])
     assert controller.mode is Mode.FAULT
-    np.testing.assert_allclose(controller.step(61 * PERIOD).goal, HOME)
+    moved = HOME + np.array([80.0, 20.0, -30.0, -60.0, 40.0, 30.0])
+    assert not live(controller, range(120, 180), position=moved).to.any()
+    assert ask(controller, "mode", mode="reset")["ok"]
+    decision = live(controller, range(180, 185), position=moved)
+    np.testing.assert_allclose(decision.goal, moved)
+    assert decision.to.all()
+
+
+def test_a_short_silence_in_mid_motion_pauses_the_arm_and_nothing_snaps() -> None:
+    controller = make()
+    ask(controller, "move", joints={"shoulder_pan": 80.0})
+    live(controller, range(20))
+    pan = np.array(HOME)
+    pan[0] = controller.guard.goal[0]
+    decision = live(controller, range(20, 40), position=pan, silent=[0])
+    assert not decision.to[0]
+    assert controller.mode is Mode.IDLE
+    controller.observe(40 * PERIOD, reading(pan))
+    assert abs(controller.step(40 * PERIOD).goal[0] - pan[0]) < 0.5, "goes on from where the joint is"
+
+
+def test_a_blocked_joint_lets_go_of_its_goal_and_the_others_keep_theirs() -> None:
+    controller = make()
+    controller.guard.rest_at(HOME + np.array([5.0, 0, 0, 50.0, 0, 50.0]))
+    live(controller, range(60))
+    assert controller.mode is Mode.FAULT
+    expected = HOME + np.array([5.0, 0, 0, 0, 0, 50.0])
+    np.testing.assert_allclose(controller.step(61 * PERIOD).goal, expected)
 
 
 def test_a_lost_bus_is_a_fault_that_persists_until_it_is_back() -> None:
     controller = make()
-    controller.enter_fault("the servo bus is gone")
+    live(controller, range(5))
+    for tick in range(5, 100):
+        controller.bus_is_gone()
+        assert not controller.step(tick * PERIOD).to.any()
     assert "still so" in ask(controller, "mode", mode="reset")["why"]
-    controller.bus_is_back(HOME)
+    moved = HOME + 15.0
+    assert not live(controller, range(100, 110), position=moved).to.any(), "until it is reset"
     assert ask(controller, "mode", mode="reset")["ok"]
+    np.testing.assert_allclose(controller.step(110 * PERIOD).goal, moved)
+
+
+def test_a_policy_that_has_not_begun_is_not_counted_as_one_that_stopped() -> None:
+    controller = make()
+    ask(controller, "mode", mode="policy")
+    for tick in range(10):
+        controller.step(tick * PERIOD)
+    assert controller.holds == 0

@@ -173,6 +173,29 @@ def test_an_older_observation_than_the_newest_is_refused() -> None:
     assert ensemble.rejected == 2
 
 
+@pytest.mark.parametrize("method", ["ensemble", "crossfade"])
+def test_what_was_seen_before_an_outage_has_no_say_after_it(method: str) -> None:
+    ensemble = ChunkEnsemble(1, 300, method=method, staleness_ns=300 * MS)
+    for i in range(5):
+        ensemble.add(i * DT, i * DT, DT, np.full((300, 1), 80.0))
+    back = 2_000 * MS
+    assert ensemble.at(back) is None
+    ensemble.add(back, back, DT, np.zeros((300, 1)))
+    for t in (back, back + 100 * MS, back + 200 * MS):
+        choice = ensemble.at(t)
+        assert choice is not None and choice.action[0] == 0.0
+
+
+def test_a_tick_that_asks_for_a_time_before_the_newest_frame_still_has_the_older_chunks() -> None:
+    ensemble = ChunkEnsemble(1, 30)
+    ensemble.add(0, 0, DT, np.full((30, 1), 5.0))
+    ensemble.add(3 * DT, 2 * DT, DT, np.full((30, 1), 9.0))
+    choice = ensemble.at(DT)
+    assert choice is not None and choice.action[0] == 5.0
+    choice = ensemble.at(4 * DT)
+    assert choice is not None and 5.0 < choice.action[0] < 9.0
+
+
 def test_another_policy_starts_afresh() -> None:
     ensemble = ChunkEnsemble(1, 8)
     ensemble.add(0, 0, DT, np.zeros((8, 1)), b"old")

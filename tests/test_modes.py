@@ -7,9 +7,10 @@ import pytest
 from device.messages import Mode
 from device.modes import Circumstances, next_mode
 
-READY = Circumstances(has_policy=True, has_leader=True, fault_persists=False)
-BARE = Circumstances(has_policy=False, has_leader=False, fault_persists=False)
-BROKEN = Circumstances(has_policy=True, has_leader=True, fault_persists=True)
+READY = Circumstances(has_policy=True, has_leader=True, fault_persists=False, all_answer=True)
+BARE = Circumstances(has_policy=False, has_leader=False, fault_persists=False, all_answer=True)
+BROKEN = Circumstances(has_policy=True, has_leader=True, fault_persists=True, all_answer=True)
+SILENT = Circumstances(has_policy=True, has_leader=True, fault_persists=False, all_answer=False)
 IDLE, T, P, L, F = Mode.IDLE, Mode.TELEOP, Mode.POLICY, Mode.LIMP, Mode.FAULT
 
 
@@ -36,7 +37,11 @@ IDLE, T, P, L, F = Mode.IDLE, Mode.TELEOP, Mode.POLICY, Mode.LIMP, Mode.FAULT
         (L, "limp", READY, L, None),
         (F, "policy", READY, F, "in fault"),
         (F, "idle", READY, F, "in fault"),
-        (F, "limp", READY, F, "in fault"),
+        (F, "limp", BROKEN, L, None),
+        (F, "reset", SILENT, F, "still so"),
+        (L, "idle", SILENT, L, "does not answer"),
+        (P, "idle", SILENT, IDLE, None),
+        (P, "limp", SILENT, L, None),
         (F, "reset", READY, IDLE, None),
         (F, "reset", BROKEN, F, "still so"),
     ],

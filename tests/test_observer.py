@@ -23,6 +23,26 @@ def test_steps_are_told_apart_at_boundaries_and_elsewhere_and_only_in_degrees() 
     assert figures.inner_step_deg_max == 1.0
 
 
+def test_what_the_hand_over_asked_for_is_told_apart_from_what_the_guard_made_of_it() -> None:
+    goals = np.zeros(3, goals_dtype(2))
+    goals["mode"] = Mode.POLICY
+    goals["tick"] = np.arange(3)
+    goals["goal"][:, 0] = [0, 1, 2]
+    goals["requested"][:, 0] = [np.nan, 0, 30]
+    goals["boundary"] = [0, 0, 1]
+    figures = measure(np.zeros(0, TICKS), goals, np.zeros(0, chunks_dtype(1, 2)), UNITS)
+    assert figures.boundary_step_deg_max == 1.0
+    assert figures.requested_boundary_step_deg_max == 30.0
+
+
+def test_what_happens_between_two_episodes_does_not_count() -> None:
+    ticks = np.zeros(4, TICKS)
+    ticks["mode"] = Mode.POLICY
+    ticks["t_ns"] = np.array([0, 1, 600, 601]) * 16_666_667
+    ticks["missed"] = [0, 1, 40, 42]
+    assert measure(ticks, np.zeros(0, goals_dtype(2)), np.zeros(0, chunks_dtype(1, 2)), UNITS).ticks_missed == 3
+
+
 def test_a_skipped_tick_is_no_step() -> None:
     goals = np.zeros(2, goals_dtype(2))
     goals["mode"] = Mode.POLICY

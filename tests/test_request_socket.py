@@ -62,7 +62,22 @@ def test_a_role_that_does_not_answer_is_named(tmp_path: Path) -> None:
     silent.close()
 
 
-@pytest.mark.parametrize("data", [b"", b"{", b"[]", b'{"verb": 3}', b"\xff\xfe", b'{"verb": "crash"}'])
+def test_a_request_whose_asker_has_given_up_is_not_carried_out(tmp_path: Path) -> None:
+    done: list[str] = []
+
+    def remember(request: dict[str, Any]) -> dict[str, Any]:
+        done.append(request["verb"])
+        return {"ok": True}
+
+    role = RequestSocket(tmp_path, "role", remember)
+    with pytest.raises(DeviceUnavailableError):
+        ask(tmp_path, "role", "go", timeout_s=0.02)
+    role.poll()
+    assert done == []
+    role.close()
+
+
+@pytest.mark.parametrize("data", [b"[" * 8000, b"", b"{", b"[]", b'{"verb": 3}', b"\xff\xfe", b'{"verb": "crash"}'])
 def test_garbage_gets_an_answer_or_nothing_and_the_role_goes_on(served: Path, data: bytes) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
         channel.bind(str(served / "asker"))
