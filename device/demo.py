@@ -237,6 +237,8 @@ class _Demo:
             if record is not None:
                 progress, done_ns = str(record["progress"], "ascii"), int(record["t_done_ns"])
         self._watch_for(_LINGER_S, f"episode {number + 1}: {progress}")
+        if number == 0:
+            self._film.take(time.monotonic_ns() - began_ns, last=True)
         ask(self._runtime, "execute", "mode", mode="idle")
         seconds = round((done_ns - began_ns) / 1e9, 2) if done_ns else None
         episode = Episode(seed, seconds, progress)
@@ -292,7 +294,7 @@ class _Demo:
         late, at, between = figures.lateness_us, figures.boundary_step_deg_max, figures.inner_step_deg_max
         self._console.print(
             f"{figures.ticks} ticks, {figures.ticks_missed} missed; late by {late['p50']:.0f} us (median), "
-            f"{late['p999']:.0f} us (p99.9). Largest goal step {at:.2f} deg at chunk boundaries, {between:.2f} not."
+            f"{late['p999']:.0f} us (p99.9). Largest step of a goal: {at:.2f} deg at chunk boundaries, {between:.2f} between."
         )
         self._console.print(f"Pictures and figures: {self._options.report}/")
 

@@ -33,9 +33,10 @@ class Film:
         self._readers = {name: TopicReader(topic_path(runtime, f"frames/{name}")) for name in cameras}
         self.frames: list[tuple[float, dict[str, NDArray[np.uint8]]]] = []
 
-    def take(self, t_ns: int) -> None:
-        """Keep the newest frames if it is time; t_ns counts from the start of the episode."""
-        if len(self.frames) >= _FILM_LENGTH or t_ns < len(self.frames) * _FILM_EVERY_S * 1e9:
+    def take(self, t_ns: int, last: bool = False) -> None:
+        """Keep the newest frames if it is time (or `last`); t_ns counts from the start of the episode."""
+        full, early = len(self.frames) >= _FILM_LENGTH, t_ns < len(self.frames) * _FILM_EVERY_S * 1e9
+        if (full or early) and not last:
             return
         pictures = {}
         for name, reader in self._readers.items():
