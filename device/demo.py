@@ -294,7 +294,8 @@ class _Demo:
         late, at, between = figures.lateness_us, figures.boundary_step_deg_max, figures.inner_step_deg_max
         self._console.print(
             f"{figures.ticks} ticks, {figures.ticks_missed} missed; late by {late['p50']:.0f} us (median), "
-            f"{late['p999']:.0f} us (p99.9). Largest step of a goal: {at:.2f} deg at chunk boundaries, {between:.2f} between."
+            f"{late['p999']:.0f} us (p99.9). Largest step of a goal: {at:.2f} deg at chunk boundaries, "
+            f"{between:.2f} elsewhere."
         )
         self._console.print(f"Pictures and figures: {self._options.report}/")
 
