@@ -11,11 +11,12 @@ import json
 import logging
 import os
 import select
-import sys
 from collections.abc import Callable
 
 # Libraries speak up from WARNING on; our own events are the log.
 OURS = ("world", "capture", "execute", "predict", "topic")
+
+_STANDARD_ERROR = 2
 
 Field = str | int | float | bool | None
 
@@ -48,7 +49,7 @@ class NonBlockingHandler(logging.Handler):
 
 def set_up(level: int = logging.INFO) -> None:
     """Send events to standard error, where systemd's journal (or a terminal) adds the time itself."""
-    handler = NonBlockingHandler(sys.stderr.fileno())
+    handler = NonBlockingHandler(_STANDARD_ERROR)
     logging.basicConfig(handlers=[handler], level=logging.WARNING, format="%(name)s: %(message)s", force=True)
     for name in OURS:
         logging.getLogger(name).setLevel(level)

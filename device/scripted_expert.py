@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import dataclasses
 
-import mujoco
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from device.mujoco_headless import mujoco
 from device.virtual_world import (
     CUBE_SIDE_M,
     GRIPPER,

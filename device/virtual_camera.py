@@ -9,7 +9,6 @@ CLOCK_MONOTONIC, like cameras on one trigger.
 from __future__ import annotations
 
 import errno
-import os
 import time
 from pathlib import Path
 
@@ -21,9 +20,6 @@ from device.config import LoadedCell
 from device.errors import ConfigError, DeviceUnavailableError
 from device.realtime import sleep_until
 from device.topic import TopicReader, topic_path
-
-os.environ.setdefault("MUJOCO_GL", "egl")  # before mujoco is imported: no display in a cell
-
 from device.virtual_world import CAMERAS, VirtualWorld
 
 JPEG_QUALITY = 90

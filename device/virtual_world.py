@@ -13,9 +13,10 @@ from __future__ import annotations
 import enum
 from typing import Any
 
-import mujoco
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+from device.mujoco_headless import mujoco
 
 FloatArray = NDArray[np.float64]
 

@@ -83,6 +83,13 @@ def test_importing_every_role_loads_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False, cwd=ROOT).returncode == 0
 
 
+def test_mujoco_is_imported_in_one_place_which_chooses_its_back_end() -> None:
+    for package in OURS:
+        for path in modules(package):
+            if path.name != "mujoco_headless.py":
+                assert not {name for name in imports(path) if name.split(".")[0] == "mujoco"}, path.name
+
+
 def test_every_topic_has_its_writer_in_the_table_of_roles() -> None:
     for topic in TOPICS.values():
         if topic.writer != "*":

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner
 
-from device.cli import app
 from device.config import VIRTUAL_CELL, load_cell, runtime_directory
 from device.errors import ConfigError
 
@@ -79,8 +79,10 @@ def test_a_missing_cell_file_names_the_remedy(tmp_path: Path) -> None:
 
 def test_the_command_exits_with_1_and_one_line_for_a_wrong_cell(cell_file: Path) -> None:
     edit(cell_file, 'port = "virtual"\n', "")
-    result = CliRunner().invoke(app, ["run", "execute", "--cell", str(cell_file)])
-    assert isinstance(result.exception, ConfigError)
+    line = [sys.executable, "-m", "device.cli", "run", "execute", "--cell", str(cell_file)]
+    result = subprocess.run(line, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert result.stderr == f"understudy: {cell_file}: arm.port: is missing; add it\n"
 
 
 def test_topics_live_in_systemds_runtime_directory(monkeypatch: pytest.MonkeyPatch) -> None:

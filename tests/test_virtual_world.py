@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import os
-
-os.environ.setdefault("MUJOCO_GL", "egl")
-
 import numpy as np
 import pytest
 import simplejpeg
-
-pytest.importorskip("mujoco")
 
 from device.scripted_expert import Kinematics, ScriptedExpert
 from device.virtual_world import (

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import multiprocessing
-import os
 import time
 from pathlib import Path
 
@@ -168,7 +167,6 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--image", type=int, nargs=2, default=(96, 96), metavar=("H", "W"))
     args = parser.parse_args()
-    os.environ.setdefault("MUJOCO_GL", "egl")
     args.out.mkdir(parents=True, exist_ok=True)
     size = 20
     jobs = [
