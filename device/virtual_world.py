@@ -35,6 +35,10 @@ JOINT_RANGE_RAD: FloatArray = np.array(
 GRIPPER = JOINTS.index("gripper")
 STALL_TORQUE_N_M = 2.94  # STS3215 at 7.4 V
 
+# A stiff servo that follows goals which arrive in steps drives and brakes in turn within each step. A load sampled in
+# time with those steps would always see the braking; averaged over a few of them it is the work that the joint does.
+EFFORT_TIME_S = 0.05
+
 # The gripper's servo is held to a quarter of its stall torque: eleven newtons at the fingertips carry the cube a
 # hundred times over, and a real STS3215 may hold that for ever without its overload protection (25 %) acting.
 GRIPPER_TORQUE_N_M = 0.72
@@ -223,6 +227,7 @@ class VirtualWorld:
         self._cube_v = int(self.model.joint("cube").dofadr[0])
         self._cube_geom = self.model.geom("cube").id
         self._fingers = (self.model.geom("fixed_finger").id, self.model.geom("moving_finger").id)
+        self._effort = np.zeros(len(JOINTS))
         self._renderer: Any = None
         self._scratch: Any = None
         self.reset(0)
@@ -254,6 +259,7 @@ class VirtualWorld:
         self.model.opt.disableactuator = int(sum(1 << i for i in np.flatnonzero(off)))
         self.data.ctrl[:] = setpoint_rad
         mujoco.mj_step(self.model, self.data)
+        self._effort += self.timestep_s / EFFORT_TIME_S * (self.data.actuator_force / STALL_TORQUE_N_M - self._effort)
 
     @property
     def time_s(self) -> float:
@@ -269,8 +275,8 @@ class VirtualWorld:
 
     @property
     def effort(self) -> FloatArray:
-        """Motor torque of the last step as a fraction of stall torque, -1..1, in the order of JOINTS."""
-        return np.array(self.data.actuator_force) / STALL_TORQUE_N_M
+        """Motor torque over stall torque, averaged as a servo reports it: -1..1, in the order of JOINTS."""
+        return np.array(self._effort)
 
     @property
     def cube_position_m(self) -> FloatArray:

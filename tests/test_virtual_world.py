@@ -158,6 +158,26 @@ def test_without_torque_the_arm_sinks_and_with_torque_it_holds() -> None:
     assert world.effort == pytest.approx(np.zeros(6))
 
 
+def test_effort_in_free_motion_is_small_at_whatever_phase_of_the_goals_it_is_read(kinematics: Kinematics) -> None:
+    world, expert, efforts = VirtualWorld(), ScriptedExpert(kinematics), []
+    world.reset(4)
+    for tick in range(5 * CONTROL_HZ):
+        goal = rad_from_units(expert.goal(tick / CONTROL_HZ, world))
+        while world.time_s < (tick + 1) / CONTROL_HZ - world.timestep_s / 2:
+            world.step(goal, ON)
+            efforts.append(world.effort)
+    assert np.abs(efforts).max() < 0.7
+
+
+def test_effort_of_a_blocked_joint_reaches_stall() -> None:
+    world = VirtualWorld()
+    world.reset(0)
+    into_the_table = np.radians([0.0, 60.0, 20.0, 85.0, 0.0, 10.0])
+    for _ in range(1000):
+        world.step(into_the_table, ON)
+    assert np.abs(world.effort).max() > 0.95
+
+
 def test_one_joint_may_lose_torque_alone() -> None:
     world = VirtualWorld()
     world.reset(1)
