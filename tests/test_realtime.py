@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 
-from device.realtime import PeriodicClock, sleep_until
+from device.realtime import PeriodicClock
 
 
 def test_ticks_lie_on_one_grid() -> None:
@@ -26,11 +26,6 @@ def test_missed_periods_are_skipped_and_counted_never_bursted() -> None:
     assert clock.tick == 2 + skipped
     third, _ = clock.wait()
     assert third - second == clock.period_ns * (1 + clock.missed - skipped)
-
-
-def test_a_time_that_has_passed_is_not_waited_for() -> None:
-    sleep_until(time.monotonic_ns() - 1)
-    sleep_until(0)
 
 
 def test_preparing_says_in_sentences_what_the_system_refuses() -> None:
