@@ -316,7 +316,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path(".cache/virtual_pick/data"))
     parser.add_argument("--out", type=Path, default=Path(".cache/virtual_pick/checkpoints"))
     parser.add_argument("--steps", type=int, default=30_000, help="at most this many")
-    parser.add_argument("--minutes", type=float, default=75.0, help="at most this long, all runs together")
+    parser.add_argument("--minutes", type=float, default=60.0, help="at most this long, all runs together")
     parser.add_argument("--save-minutes", type=float, default=8.0)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--chunk", type=int, default=30)
