@@ -7,6 +7,7 @@ not run; an extra that is not installed is named in one line.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -91,6 +92,8 @@ def run(
     inference_delay_ms: Annotated[float, typer.Option(min=0, help="Slow inference down, for role predict.")] = 0,
 ) -> None:
     """Run one role (what the units start), or all of a cell in the foreground."""
+    # numpy's BLAS would start a thread for every core in every role, for products of a few numbers.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from device.config import runtime_directory
     from device.log import set_up
     from device.roles import ROLES, run_role
