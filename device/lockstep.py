@@ -112,7 +112,12 @@ class _Episode:
         self._lockstep.world.close()
         goals = np.array([goal[()] for goal in self._goals], dtype=self._goals[0].dtype)
         return LockstepEpisode(
-            self._seed, round(done_ns / 1e9, 2) if done else None, progress, goals, self._controller.holds, self._controller.fault
+            self._seed,
+            round(done_ns / 1e9, 2) if done else None,
+            progress,
+            goals,
+            self._controller.holds,
+            self._controller.fault,
         )
 
     def _physics_until(self, t_ns: int) -> None:
