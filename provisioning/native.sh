@@ -9,6 +9,7 @@ library() { ldconfig -p 2>/dev/null | grep -q "$1" || /sbin/ldconfig -p 2>/dev/n
 
 library 'libatomic\.so\.1' || need libatomic1        # memory fences of the topics
 library 'libEGL\.so\.1' || need libegl1              # the virtual cell's cameras, without a display
+library 'libOpenGL\.so\.0' || need libopengl0
 ls /usr/share/glvnd/egl_vendor.d/*.json >/dev/null 2>&1 || need libegl-mesa0
 ls /usr/lib/*/dri/*_dri.so >/dev/null 2>&1 || need libgl1-mesa-dri
 "${PYTHON:-python3}" -c 'import ensurepip, venv' 2>/dev/null || need python3-venv
