@@ -31,6 +31,7 @@ Bools = NDArray[np.bool_]
 
 _REOPEN_PERIOD_NS = 500_000_000
 _REPEAT_TORQUE_TICKS = 12
+_TELL_CAP_TIMES = 3  # a packet may get lost
 # Above the guard's own limit, so that it never holds back what the guard let through.
 _SPEED_CAP = 1.2
 
@@ -52,6 +53,7 @@ class Arm:
         self._away_since_ns: int | None = None
         self._torque_on = True
         self._repeat = 0
+        self._uncapped = np.zeros(len(cell.servo_ids), np.int64)  # times that the cap is still to be told
         self._refused = Once(lambda reason: event(logger, "bus.refused", level=logging.ERROR, reason=reason))
 
     @property
@@ -85,13 +87,16 @@ class Arm:
 
         A limp arm is told so again and again, and an arm that shall hold once more for a while after it was limp.
         """
+        self._uncapped[returned] = _TELL_CAP_TIMES
         if self._away_since_ns is not None:
             self.unsent += bool(to.any())
+            self._torque_on = torque_on
             return
         errors = self._bus.counters.write_errors
         try:
-            if returned.any():
-                self._bus.write_speed_limits(self._speed_cap_raw, returned)
+            if self._uncapped.any():
+                self._bus.write_speed_limits(self._speed_cap_raw, self._uncapped > 0)
+                self._uncapped = np.maximum(self._uncapped - 1, 0)
             self._bus.write_goals(self._cell.units.to_raw(goal), to)
             self._tell_torque(to, torque_on)
         except BusLost as error:
@@ -132,16 +137,30 @@ class Arm:
             look_at_servos(self._cell, self._port, patience_s=0.0)
             self._bus.reopen()
             if not self._bus.read().valid.all():
+                self._free_if_limp()
                 return False
         except ConfigError as error:
             self._refused.update(True, str(error))
             return False
         except OSError:
+            self._free_if_limp()
             return False
         self._away_since_ns = None
         self._refused.update(False)
         event(logger, "bus.back", port=self._port)
         return True
+
+    def _free_if_limp(self) -> None:
+        """Not all servos are back. An arm that shall be limp is freed as far as it can be reached."""
+        if self._torque_on:
+            return
+        try:
+            self._bus.reopen()
+            self._bus.write_torque(False)
+        except OSError:
+            pass
+        finally:
+            self._bus.close()
 
 
 def decode(state: ServoState, units: UnitMap, record: Any, tick: int) -> None:

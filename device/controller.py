@@ -17,13 +17,15 @@ from device.config import LoadedCell
 from device.ensemble import Choice, ChunkEnsemble
 from device.messages import Mode
 from device.modes import Circumstances, next_mode
-from firmware_bridge.guard import Guard, GuardLimits
+from firmware_bridge.guard import OVERLOAD, Guard, GuardLimits
 
 Floats = NDArray[np.float64]
 
 # A minimum-jerk move of distance d in time T peaks at 1.875 d/T and 5.774 d/T^2 (Flash and Hogan 1985). Moves on
 # request stay under half of the joint's limits: nobody asked for haste.
 _PEAK_SPEED, _PEAK_ACCELERATION, _MOVE_PART = 1.875, 5.774, 0.5
+# In fault, a joint this part of follow_error away from its goal pushes, or has been let go.
+_PUSHING_PART = 0.25
 _MOVE_SETTLES_NS = 500_000_000  # the guard may lag behind a move that it had to slow down
 
 
@@ -87,6 +89,8 @@ class Controller:
         self._position = np.array(joints["position"])
         if not self.torque_on:
             self.guard.rest_at(self._position)
+        elif self.mode is Mode.FAULT:
+            self.guard.rest_at(self._position, self._released)
         self._fault_now = self.guard.check(
             t_ns,
             self._position,
@@ -97,15 +101,16 @@ class Controller:
             joints["valid"],
             torque_on=self.torque_on,
         )
+        pushing = self.guard.away(self._position, _PUSHING_PART * self.guard.limits.follow_error)
         if self._fault_now is not None and self.mode is not Mode.FAULT:
             self.enter_fault(self._fault_now)
-            # A joint that is far from its goal pushes against something: let go of the goal, hold the place.
-            limits = self.guard.limits
-            away = np.abs(self._position - self.guard.goal) > limits.follow_error
-            self.guard.rest_at(self._position, away & ~np.asarray(limits.grips, np.bool_))
-        if self.mode is Mode.FAULT:
-            # Power that comes back (an emergency stop released) must stiffen nothing before somebody has looked.
-            self._released |= ~self.guard.answering
+            # A joint that is away from its goal pushes against something: let go of the goal, hold the place.
+            self.guard.rest_at(self._position, pushing)
+        elif self.mode is Mode.FAULT:
+            # Power that comes back (an emergency stop released), or a servo that gave up by itself, must stiffen and
+            # move nothing before somebody has looked: no goals for it until the reset.
+            gave_up = (joints["error"] & ~np.uint8(OVERLOAD)) != 0
+            self._released |= ~self.guard.answering | gave_up | pushing
 
     def enter_fault(self, reason: str) -> None:
         """Stop and hold, or stay limp; only a reset leads out of here, and only once the cause is gone."""
@@ -190,8 +195,10 @@ class Controller:
                     "ok": False,
                     "why": f"{name}={value!r} is not a joint's position; joints are {', '.join(names)}",
                 }
-            target[names.index(name)] = position
-        target = np.clip(target, self.guard.limits.position_min, self.guard.limits.position_max)
+            joint = names.index(name)
+            target[joint] = np.clip(
+                position, self.guard.limits.position_min[joint], self.guard.limits.position_max[joint]
+            )
         duration_s = self._move_duration_s(np.abs(target - self.guard.goal))
         self._move = Move(self.guard.goal, target, t_ns, duration_s)
         return {**self._answer(), "seconds": duration_s}

@@ -26,6 +26,8 @@ ACT_COEFFICIENT = 0.01  # m in ACT's experiments; for checkpoints that name none
 # blending over about a third of the advance took the spike at chunk boundaries from 5 times the inner steps to 1.2.
 CROSSFADE_PART = 1 / 3
 
+_OLDEST_NS = 3_600_000_000_000  # an observation from longer ago is nonsense, not late
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -93,7 +95,7 @@ class ChunkEnsemble:
             and 0 < len(actions) <= self._chunk_size
             and actions.shape[1] == self._joints
             and dt_ns > 0
-            and t_obs_ns <= t_ns
+            and 0 <= t_ns - t_obs_ns <= _OLDEST_NS
             and bool(np.isfinite(actions).all())
         )
         if not usable:

@@ -33,7 +33,7 @@ logger = logging.getLogger("execute")
 
 _FIRST_READ_S = 3.0
 _VIRTUAL_SERVOS_START_S = 20.0
-_LONGEST_BRAKING_TICKS = 120
+_LONGEST_BRAKING_S = 2.0
 
 
 def run(cell: LoadedCell, runtime: Path, stop: Callable[[], bool]) -> None:
@@ -121,8 +121,9 @@ class Execute:
 
     def brake(self) -> None:
         """Tick on until the arm stands: a stop in mid-motion decelerates like any other."""
+        self._requests.close()
         self.controller.stop()
-        for _ in range(_LONGEST_BRAKING_TICKS):
+        for _ in range(round(_LONGEST_BRAKING_S * self._cell.cell.control.rate_hz)):
             if self.controller.at_rest:
                 return
             self.tick()
@@ -220,7 +221,7 @@ class ChunkFeed:
         for chunk in self._since():
             try:
                 trouble = self._add(self._ensemble, chunk)
-            except (ValueError, IndexError) as error:  # a record without our fields
+            except (ValueError, IndexError, OverflowError) as error:  # a record without our fields, or with nonsense
                 trouble = f"{self._path}: not a chunk: {error}"
         if trouble is not None:
             self._foreign += 1

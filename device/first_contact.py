@@ -8,6 +8,7 @@ here, before any motion.
 
 from __future__ import annotations
 
+import termios
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -47,7 +48,7 @@ def look_at_servos(cell: LoadedCell, port: str, patience_s: float = PATIENCE_S) 
             goals = [_read(tool, servo, "Goal_Position", patience_s) for servo in cell.servo_ids]
     except PortUnavailable as error:
         raise DeviceUnavailableError(port_sentence(cell, error)) from error
-    except ServoSilentError as error:
+    except (OSError, termios.error) as error:  # silent, or the adapter went away meanwhile
         raise DeviceUnavailableError(f"{error}: check power, cables and ids") from error
     return Found(np.array(torque) == 1, np.array(goals, np.int64))
 

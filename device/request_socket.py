@@ -33,12 +33,15 @@ class RequestSocket:
     def __init__(self, runtime: Path, role: str, handler: Callable[[Answer], Answer]) -> None:
         self._path = runtime / f"{role}.sock"
         self._handler = handler
+        self._closed = False
         self._path.unlink(missing_ok=True)
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
         self._socket.bind(str(self._path))
 
     def poll(self) -> None:
         """Take at most one request and answer it. Costs a microsecond or two when there is none."""
+        if self._closed:
+            return
         try:
             data, sender = self._socket.recvfrom(_MAX_BYTES)
         except BlockingIOError:
@@ -46,7 +49,7 @@ class RequestSocket:
         try:
             request = json.loads(data)
             answer = self._answer(request)
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
+        except Exception as error:  # noqa: BLE001 - the process's edge: nobody who asks may end a control loop
             answer = {"ok": False, "why": f"not understood: {error}"}
         # Who asked and did not wait for the answer must not disturb the loop.
         with contextlib.suppress(OSError):
@@ -56,14 +59,18 @@ class RequestSocket:
     def _answer(self, request: Any) -> Answer:
         if not isinstance(request, dict) or not isinstance(request.get("verb"), str):
             return {"ok": False, "why": "a request is a JSON object with a verb"}
-        # Who asked has given up by then and may stand next to the arm: never act on a request that is too old.
-        if time.monotonic_ns() > int(request.get("deadline_ns", 2**63)):
+        # Who asked has given up by then and may stand next to the arm: never act on a request that is too old. Only
+        # stopping is never too late.
+        if request["verb"] != "stop" and time.monotonic_ns() > int(request.get("deadline_ns", 2**63)):
             return {"ok": False, "why": "the request came too late"}
         return self._handler(request)
 
     def close(self) -> None:
-        self._socket.close()
-        self._path.unlink(missing_ok=True)
+        """Take no more requests."""
+        if not self._closed:
+            self._closed = True
+            self._socket.close()
+            self._path.unlink(missing_ok=True)
 
 
 def ask(runtime: Path, role: str, verb: str, *, timeout_s: float = 2.0, **fields: Any) -> Answer:

@@ -66,7 +66,8 @@ class GuardLimits:
     silent_s: float = 0.5  # a servo that has been silent for so long, or has lost so much in all, is a fault
     follow_error: float = 30.0  # joint units between goal and position ...
     follow_s: float = 0.7  # ... for so long: blocked, torque off, or a gear has gone
-    leash_s: float = 0.2  # a goal is never further from the joint than full speed covers in this time
+    leash_s: float = 0.2  # a goal is not let further from its joint than full speed covers in this time ...
+    blackout_s: float = 0.15  # all servos silent for so long: their power was cut
     error_s: float = 0.1  # an error bit that has been set for so long
 
 
@@ -88,7 +89,10 @@ class Guard:
         self._names = tuple(names)
         self._dt = period_s
         self._grips: Bools = np.broadcast_to(np.asarray(limits.grips, np.bool_), (joints,))
-        self._leash = np.where(self._grips, np.inf, limits.max_speed * limits.leash_s)
+        # ... but always further than what counts as not following, or that could never be seen.
+        leash = np.maximum(limits.max_speed * limits.leash_s, 1.2 * limits.follow_error)
+        self._leash = np.where(self._grips, np.inf, leash)
+        self._trust_ns = round(max(limits.trust_s, 3 * period_s) * 1e9)
         self._last_request: Floats | None = None
         self._measured: Floats | None = None
         self._since: dict[str, NDArray[np.int64]] = {}
@@ -107,7 +111,8 @@ class Guard:
         """The goal [J] to send in this tick, towards `requested` [J]; None decelerates as fast as allowed and holds.
 
         A request within all limits passes unchanged. One that is not is chased at the limits, in a way that always
-        leaves room to stop at the target and at the position limits.
+        leaves room to stop at the target and at the position limits. Only a goal that reaches the end of its leash
+        stops at once: its joint is not following, so nothing brakes harder for it.
         """
         limits, dt = self.limits, self._dt
         self.interventions = Intervention.NONE
@@ -158,7 +163,9 @@ class Guard:
         Relative to the request's own motion: a smooth trajectory is followed without lag.
         """
         limits, dt = self.limits, self._dt
-        inside = np.clip(requested, limits.position_min, limits.position_max)
+        # A joint that rests outside its limits may stay there, and may come in; it is not dragged in unasked.
+        low, high = np.minimum(limits.position_min, self.goal), np.maximum(limits.position_max, self.goal)
+        inside = np.clip(requested, low, high)
         self._note(Intervention.POSITION, inside != requested)
         previous = inside if self._last_request is None else self._last_request
         self._last_request = inside
@@ -199,7 +206,9 @@ class Guard:
         ignored = np.where(self._grips, OVERLOAD, 0).astype(np.uint8)
         off_voltage = (voltage_v < limits.min_voltage_v) | (voltage_v > limits.max_voltage_v)
         overloaded = ~self._grips & (np.abs(load) > limits.max_load)
-        away = ~self._grips & torque_on & (np.abs(position - self.goal) > limits.follow_error)
+        away = self.away(position, limits.follow_error) & torque_on
+        if t_ns - int(self._answered_ns.max()) > limits.blackout_s * 1e9:
+            return "no servo answers: check the arm's power and the bus"
         joint = _first(self._lost_s >= limits.silent_s - 1e-9)
         kind = "silent"
         for kind_, condition, lasting_s in (
@@ -216,6 +225,10 @@ class Guard:
             return None
         return self._sentence(kind, joint, t_ns, position, load, temperature_c, voltage_v, error)
 
+    def away(self, position: Floats, distance: float) -> Bools:
+        """The joints [J] that are further from their goal than `distance` (joint units); not those that grip."""
+        return np.asarray(~self._grips & (np.abs(position - self.goal) > distance))
+
     def no_bus(self) -> None:
         """The bus is gone: no servo answers until a `check` says otherwise."""
         self.answering = np.zeros_like(self.answering)
@@ -231,7 +244,7 @@ class Guard:
         self._answered_ns[answered] = t_ns
         lost = self._lost_s + np.where(answered, -_FORGIVENESS * step_s, step_s)
         self._lost_s = np.clip(lost, 0.0, self.limits.silent_s)
-        silent = t_ns - self._answered_ns > self.limits.trust_s * 1e9
+        silent = t_ns - self._answered_ns > self._trust_ns
         answering = np.where(answered, True, self.answering & ~silent)
         self.returned = answering & ~self.answering
         self.answering = answering

@@ -235,12 +235,61 @@ def test_power_that_comes_back_stiffens_nothing_before_the_reset_and_then_holds_
     controller = make()
     live(controller, range(120), silent=[0, 1, 2, 3, 4, 5])
     assert controller.mode is Mode.FAULT
+    assert controller.fault == "no servo answers: check the arm's power and the bus"
     moved = HOME + np.array([80.0, 20.0, -30.0, -60.0, 40.0, 30.0])
     assert not live(controller, range(120, 180), position=moved).to.any()
     assert ask(controller, "mode", mode="reset")["ok"]
     decision = live(controller, range(180, 185), position=moved)
     np.testing.assert_allclose(decision.goal, moved)
     assert decision.to.all()
+
+
+def test_a_blink_of_the_arms_power_ends_the_policy() -> None:
+    controller = make()
+    ask(controller, "mode", mode="policy")
+    live(controller, range(10))
+    live(controller, range(10, 22), silent=[0, 1, 2, 3, 4, 5])
+    live(controller, range(22, 30))
+    assert controller.mode is Mode.FAULT
+
+
+def test_a_limp_arm_in_fault_may_be_put_anywhere_before_the_reset() -> None:
+    controller = make()
+    live(controller, range(60), silent=[1])
+    for tick in range(60, 200):
+        moved = HOME + np.array([0.0, min(tick - 60, 60), 0, 0, 0, 0])
+        live(controller, range(tick, tick + 1), position=moved)
+    assert ask(controller, "mode", mode="reset")["ok"], controller.fault
+    np.testing.assert_allclose(controller.step(200 * PERIOD).goal, moved)
+
+
+def test_in_fault_a_joint_that_gives_up_by_itself_gets_no_more_goals() -> None:
+    controller = make()
+    live(controller, range(60), silent=[0])
+    sagging = HOME + np.array([0.0, 40.0, 0, 0, 0, 0])
+    decision = live(controller, range(60, 70), position=sagging, silent=[0])
+    assert decision.to.tolist() == [False, False, True, True, True, True]
+
+
+def test_with_the_shipped_limits_a_joint_that_is_held_fast_is_a_fault_and_lets_go() -> None:
+    controller = make()
+    ask(controller, "move", joints={"shoulder_pan": 80.0})
+    decision = live(controller, range(200))
+    assert controller.mode is Mode.FAULT
+    assert controller.fault is not None and controller.fault.startswith("shoulder_pan: at 0.0, its goal")
+    assert abs(decision.goal[0] - HOME[0]) < 1e-6
+
+
+def test_a_move_of_one_joint_moves_no_other_not_even_one_outside_its_limits() -> None:
+    controller = make()
+    outside = HOME.copy()
+    outside[1] = -106.0
+    controller.guard.rest_at(outside)
+    ask(controller, "move", joints={"gripper": 60.0})
+    for tick in range(120):
+        decision = controller.step(tick * PERIOD)
+    assert decision.goal[1] == -106.0
+    assert decision.goal[5] == pytest.approx(60.0, abs=1e-6)
 
 
 def test_a_short_silence_in_mid_motion_pauses_the_arm_and_nothing_snaps() -> None:

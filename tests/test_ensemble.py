@@ -156,6 +156,7 @@ def test_disagreement_is_the_spread_of_the_live_predictions() -> None:
         ("longer than a chunk", 0, DT, np.zeros((9, 2))),
         ("from the future", 10**12, DT, np.zeros((3, 2))),
         ("no time between actions", 0, 0, np.zeros((3, 2))),
+        ("from before time", -(2**63), DT, np.zeros((3, 2))),
     ],
 )
 def test_unusable_chunks_are_refused_and_counted(what: str, t_obs: int, dt: int, actions: np.ndarray) -> None:

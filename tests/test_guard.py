@@ -233,5 +233,5 @@ def test_a_goal_does_not_run_away_from_a_joint_that_is_held_fast() -> None:
     for tick in range(60):
         guard.check(round(tick * DT * 1e9), **healthy())
         goal = guard.limit(np.array([90.0, 50.0]))
-    assert goal[0] == pytest.approx(SPEED * LIMITS.leash_s)
+    assert goal[0] == pytest.approx(1.2 * LIMITS.follow_error)
     assert Intervention.LEASH in guard.interventions

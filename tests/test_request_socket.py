@@ -77,7 +77,19 @@ def test_a_request_whose_asker_has_given_up_is_not_carried_out(tmp_path: Path) -
     role.close()
 
 
-@pytest.mark.parametrize("data", [b"[" * 8000, b"", b"{", b"[]", b'{"verb": 3}', b"\xff\xfe", b'{"verb": "crash"}'])
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"[" * 8000,
+        b'{"verb": "say", "deadline_ns": 1e400}',
+        b"",
+        b"{",
+        b"[]",
+        b'{"verb": 3}',
+        b"\xff\xfe",
+        b'{"verb": "crash"}',
+    ],
+)
 def test_garbage_gets_an_answer_or_nothing_and_the_role_goes_on(served: Path, data: bytes) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
         channel.bind(str(served / "asker"))
