@@ -8,6 +8,7 @@ since a packet may get lost. `read` and `send` raise nothing; they say whether t
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 
 from device.config import VIRTUAL, LoadedCell
 from device.errors import ConfigError, DeviceUnavailableError
-from device.first_contact import Found, look_at_servos, port_sentence
+from device.first_contact import Found, look_at_servos
 from device.log import Once, event
 from device.messages import joints_dtype
 from firmware_bridge import registers
@@ -45,8 +46,11 @@ class Arm:
         self.unsent = 0
         self._cell = cell
         self._port = port
-        self.found: Found = look_at_servos(cell, port)
         self._bus = _open_bus(cell, port)
+        try:
+            self.found: Found = look_at_servos(cell, self._bus)
+        except BusLost as error:
+            raise DeviceUnavailableError(str(error.strerror)) from error
         self._speed_cap_raw = np.ceil(_SPEED_CAP * cell.joint_array("max_speed") / cell.units.resolution).astype(
             np.int32
         )
@@ -132,17 +136,16 @@ class Arm:
             return False
         self._away_since_ns = t_ns
         self._bus.close()
-        try:
-            # Blocks for as long as the servos take, about 0.1 s: nothing else is to be done on an arm without a bus.
-            look_at_servos(self._cell, self._port, patience_s=0.0)
-            self._bus.reopen()
-            if not self._bus.read().valid.all():
-                self._free_if_limp()
-                return False
-        except ConfigError as error:
-            self._refused.update(True, str(error))
+        if not Path(self._port).exists():
             return False
-        except OSError:
+        try:
+            # Blocks for about a period: nothing else is to be done on an arm without a bus.
+            self._bus.reopen()
+            look_at_servos(self._cell, self._bus, patience_s=0.0)
+            if not self._bus.read().valid.all():
+                raise DeviceUnavailableError("not every servo answers: check power and cables")
+        except (OSError, ConfigError) as error:
+            self._refused.update(True, str(error))
             self._free_if_limp()
             return False
         self._away_since_ns = None
@@ -154,13 +157,9 @@ class Arm:
         """Not all servos are back. An arm that shall be limp is freed as far as it can be reached."""
         if self._torque_on:
             return
-        try:
+        with contextlib.suppress(OSError):
             self._bus.reopen()
             self._bus.write_torque(False)
-        except OSError:
-            pass
-        finally:
-            self._bus.close()
 
 
 def decode(state: ServoState, units: UnitMap, record: Any, tick: int) -> None:
@@ -188,4 +187,4 @@ def _open_bus(cell: LoadedCell, port: str) -> ServoBus:
     try:
         return ServoBus(port, cell.servo_ids, cell.cell.arm.baudrate, timeout_s)
     except PortUnavailable as error:
-        raise DeviceUnavailableError(port_sentence(cell, error)) from error
+        raise DeviceUnavailableError(f"{cell.path}: arm.port: {error.strerror}") from error

@@ -29,6 +29,7 @@ __all__ = ["BusCounters", "BusLost", "PortUnavailable", "ServoBus", "ServoState"
 # What an adapter may add to the wire time: USB frames of 1 ms, bursts, FTDI's latency timer at 1 ms,
 # the servos' return delay, our own scheduling. An estimate; a cell may give its own timeout.
 REPLY_MARGIN_S = 0.005
+LATE_REPLY_S = 0.02  # after which nobody answers any more
 
 # Replies carry no sequence number, so a reply that comes after its deadline looks like one to the next
 # request. After an incomplete transaction the next one therefore asks for another block: the length
@@ -148,6 +149,30 @@ class ServoBus:
         if packet:
             self._send(packet)
             self.counters.writes += 1
+
+    def read_register(self, name: str) -> dict[int, int]:
+        """One sync read of any register: its signed value by servo id, of the servos that answered well.
+
+        For before the loop, or while it has no arm: waits for late replies where one is missing, since the next
+        request could not tell them from its own. Raises BusLost.
+        """
+        register = registers.register(name)
+        scanner = packets.StatusScanner(self.ids, register.size)
+        found: dict[int, int] = {}
+        try:
+            set_wake_bytes(self._descriptor, 1)
+            self._discard_input()
+            self._send(packets.sync_read(self.ids, register.address, register.size))
+            deadline_ns = time.monotonic_ns() + int((self.timeout_s + LATE_REPLY_S) * 1e9)
+            while len(found) < len(self.ids) and (left_ns := deadline_ns - time.monotonic_ns()) > 0:
+                self._poll.poll(left_ns / 1e6)
+                for packet in scanner.feed(self._read_available(1)):
+                    found[packet.servo_id] = register.decode(packet.data)
+        except (OSError, termios.error) as error:
+            raise self._lost(error) from error
+        self._late_bytes_possible = True
+        self._expect_block(self._block)
+        return found
 
     def reopen(self) -> None:
         """Close and open the port again, after BusLost. Raises PortUnavailable while it is not back."""

@@ -113,6 +113,16 @@ def test_torque_is_switched_for_all_or_for_each(bus: ServoBus, servos: VirtualSe
     wait_until(lambda: torque() == [0] * 6)
 
 
+def test_any_register_of_all_servos_is_read_before_the_loop(bus: ServoBus, servos: VirtualServos) -> None:
+    servos.bank.write_register(3, "Homing_Offset", -871)
+    assert bus.read_register("Homing_Offset") == {i: -871 if i == 3 else 0 for i in SO101_IDS}
+    assert bus.read_register("Operating_Mode") == dict.fromkeys(SO101_IDS, 0)
+    servos.add_fault({"kind": "silent", "ids": [2], "for_s": 60.0})
+    assert sorted(bus.read_register("Goal_Position")) == [1, 3, 4, 5, 6]
+    servos.clear_faults()
+    assert bus.read().valid.all()
+
+
 def test_signs_are_decoded(servos: VirtualServos, bus: ServoBus) -> None:
     plant: Any = servos.bank.plant
     plant.blocked[:] = True

@@ -56,13 +56,13 @@ class Event:
 
 
 def write_cell(folder: Path, cameras: dict[str, dict[str, object]], port: str = "/dev/null") -> Path:
-    """A cell file with six joints and these cameras, as tables of cell.toml."""
+    """A cell file with six joints, calibrated as new servos are, and these cameras, as tables of cell.toml."""
     folder.mkdir(parents=True, exist_ok=True)
     text = CELL.format(port=port) + "".join(JOINT.format(name=name) for name in JOINTS)
     for name, table in cameras.items():
         text += f"[cameras.{name}]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in table.items())
     calibration = {
-        name: {"id": number, "drive_mode": 0, "homing_offset": 0, "range_min": 1000, "range_max": 3095}
+        name: {"id": number, "drive_mode": 0, "homing_offset": 0, "range_min": 0, "range_max": 4095}
         for number, name in enumerate(JOINTS, start=1)
     }
     (folder / "calibration.json").write_text(json.dumps(calibration))
