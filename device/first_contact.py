@@ -73,8 +73,8 @@ def _check(cell: LoadedCell, name: str, joint: JointCalibration, found: Mapping[
     who = f"{name} (servo {joint.id})"
     if calibrated != expected:
         raise ConfigError(
-            f"{cell.path}: arm.calibration: {who} has homing offset and range {calibrated} in its memory, the file says "
-            f"{expected}: it is another arm's, or an older one; calibrate again"
+            f"{cell.path}: arm.calibration: {who} has homing offset and range {calibrated} in its memory, the file "
+            f"says {expected}: it is another arm's, or an older one; calibrate again"
         )
     if mode := found["Operating_Mode"]:
         raise ConfigError(
