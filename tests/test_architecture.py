@@ -22,12 +22,14 @@ MAY_IMPORT = {
     "provisioning": {"provisioning", "device", "firmware_bridge"},
     "export": {"export", "device", "firmware_bridge"},
 }
-# What `export` may know of the device: the formats, the virtual cell that demonstrations come from, and units.
+# What `export` may know of the device: the formats, the virtual cell that demonstrations come from, how its chunks are
+# handed over, and units.
 EXPORT_MAY_IMPORT = {
     "device.arrays",
     "device.bundle",
     "device.durable",
     "device.engine",
+    "device.ensemble",
     "device.errors",
     "device.scripted_expert",
     "device.virtual_world",
