@@ -182,6 +182,7 @@ def main() -> None:
         out=".cache/virtual_pick/checkpoints",
         steps=30_000,
         minutes=75.0,
+        rate=3e-4,
     )
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--chunk", type=int, default=30)

@@ -25,7 +25,7 @@ STATE_FILE, PRETRAINED, LAST = "training_state.pt", "pretrained_model", "last"
 WARM_UP_STEPS = 300
 
 
-def arguments(description: str, out: str, steps: int, minutes: float) -> argparse.ArgumentParser:
+def arguments(description: str, out: str, steps: int, minutes: float, rate: float) -> argparse.ArgumentParser:
     """A parser with the options that both trainings take."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--data", type=Path, default=Path(".cache/virtual_pick/data"))
@@ -33,7 +33,7 @@ def arguments(description: str, out: str, steps: int, minutes: float) -> argpars
     parser.add_argument("--steps", type=int, default=steps, help="at most this many")
     parser.add_argument("--minutes", type=float, default=minutes, help="at most this long, all runs together")
     parser.add_argument("--save-minutes", type=float, default=8.0)
-    parser.add_argument("--lr", type=float, default=3e-4)
+    parser.add_argument("--lr", type=float, default=rate)
     parser.add_argument("--threads", type=int, default=1, help="more than one helps on idle cores only")
     parser.add_argument("--shards", type=int, default=None, help="use only the first so many")
     return parser
