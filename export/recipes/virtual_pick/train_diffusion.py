@@ -16,6 +16,7 @@ import hashlib
 import os
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +45,10 @@ from export.recipes.virtual_pick.demonstrations import (
 from export.recipes.virtual_pick.training import Training, arguments
 
 OBSERVATION_STEPS, HORIZON, ACTION_STEPS = 2, 32, 16  # at 30 Hz: it plans for a second and acts for half of it
-MAPS_SHARE = 0.6  # the ResNet stays as it is for this part of the training
-MAPS_BATCH = 128  # observations a step while it does
+MAPS_SHARE = 0.8  # the ResNet stays as it is for this part of the training
+MAPS_BATCH = 64  # observations a step while it does
 WHOLE_BATCH, WHOLE_DRAWS = 16, 8  # observations a step after that, and draws of noise for each
-BACKBONE_RATE = 0.2  # of the learning rate: it is nearly there already
+BACKBONE_RATE = 0.5  # of the learning rate: it is nearly there already
 BACKBONE_WARM_UP = 0.02  # of the training, in which it comes up to that
 AVERAGE_POWER, AVERAGE_MAX = 0.75, 0.9999  # Diffusion Policy's EMA (Chi et al. 2023), diffusers' EMAModel
 # Where torchvision's ResNet parts stand in the sequence that LeRobot makes of them.
@@ -233,8 +234,10 @@ class DiffusionTraining(Training):
             torch.manual_seed(self.step)
         sizes = [sum(p.numel() for p in m.parameters()) / 1e6 for m in (self.learner.policy, self.learner.backbone)]
         print(f"{len(self.data)} frames, {sizes[0]:.1f} M parameters and {sizes[1]:.1f} M in the ResNet", flush=True)
-        self.feed: Iterator[Batch] | None = None
-        self.sees = False  # pictures, instead of the maps
+        # Small convolutions in one dimension gain little from torch's own threads; halves of a batch do.
+        self.workers = ThreadPoolExecutor(args.threads, initializer=torch.set_num_threads, initargs=(1,))
+        self.sees = self.done_share() >= MAPS_SHARE  # pictures, instead of the maps
+        self.feed = self.make_feed()
 
     def make_optimizer(self) -> torch.optim.AdamW:
         groups = [
@@ -243,35 +246,46 @@ class DiffusionTraining(Training):
         ]
         return torch.optim.AdamW(groups, lr=self.args.lr, betas=(0.95, 0.999), weight_decay=1e-6, fused=True)
 
+    def make_feed(self) -> Iterator[Batch]:
+        if self.sees:
+            return ahead(picture_batches(self.data, seed=self.step))
+        self.args.out.mkdir(parents=True, exist_ok=True)
+        maps = feature_maps(self.data, self.learner, self.processors[0], self.args.out)
+        return ahead(map_batches(self.data, maps, seed=self.step))
+
     def batch(self) -> Batch:
-        """The next batch, normalised, with feature maps where LeRobot has pictures."""
-        sees = self.done_share() >= MAPS_SHARE
-        if self.feed is None or sees != self.sees:
-            self.sees = sees
-            if sees:
-                self.feed = ahead(picture_batches(self.data, seed=self.step))
-            else:
-                self.args.out.mkdir(parents=True, exist_ok=True)
-                maps = feature_maps(self.data, self.learner, self.processors[0], self.args.out)
-                self.feed = ahead(map_batches(self.data, maps, seed=self.step))
+        """The next batch, normalised."""
         raw = next(self.feed)
-        maps_from_file = raw.pop(OBS_IMAGES, None)
-        batch: Batch = self.processors[0](raw)
-        batch[OBS_IMAGES] = self.learner.maps(batch) if maps_from_file is None else maps_from_file
-        return batch
+        normalised = self.processors[0]({name: value for name, value in raw.items() if name != OBS_IMAGES})
+        return {name: raw[name] if name == OBS_IMAGES else normalised[name] for name in raw}
+
+    def gradients(self, batch: Batch) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The loss of a part of a batch and its gradients by `learning()`."""
+        if self.sees:
+            loss = self.learner.loss({**batch, OBS_IMAGES: self.learner.maps(batch)}, WHOLE_DRAWS)
+        else:
+            loss = self.learner.loss(batch, 1)
+        return loss.detach(), torch.autograd.grad(loss, self.learning())
+
+    def learning(self) -> list[nn.Parameter]:
+        return list((self.learner if self.sees else self.learner.policy).parameters())
 
     def learn(self) -> float:
-        self.learner.train()
-        loss = self.learner.loss(self.batch(), WHOLE_DRAWS if self.sees else 1)
+        if not self.sees and self.done_share() >= MAPS_SHARE:
+            self.sees = True
+            self.feed = self.make_feed()
+        batch, count = self.batch(), self.args.threads
+        shares = [{name: value[i::count] for name, value in batch.items()} for i in range(count)]
+        losses, gradients = zip(*self.workers.map(self.gradients, shares), strict=True)
+        for parameter, *parts in zip(self.learning(), *gradients, strict=True):
+            parameter.grad = torch.stack(parts).mean(dim=0)
         warm = min(1.0, max(0.0, (self.done_share() - MAPS_SHARE) / BACKBONE_WARM_UP))
         heads, backbone = self.optimizer.param_groups
         heads["lr"], backbone["lr"] = self.rate(), self.rate() * BACKBONE_RATE * warm
-        self.optimizer.zero_grad(set_to_none=True)
-        torch.autograd.backward(loss)
-        nn.utils.clip_grad_norm_(self.learner.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(self.learning(), 1.0)
         self.optimizer.step()
         self.average.follow(self.learner, self.step)
-        return float(loss.detach())
+        return float(torch.stack(losses).mean())
 
     def parts(self) -> tuple[Any, ...]:
         return ordinary(self.learner, self.average), *self.processors
@@ -288,9 +302,9 @@ def main() -> None:
     parser = arguments(
         "Train a small LeRobot DiffusionPolicy on the virtual cell's demonstrations.",
         out=".cache/virtual_pick/diffusion",
-        steps=40_000,
+        steps=50_000,
         minutes=float("inf"),  # by steps: a training that waits for others' work loses nothing
-        rate=5e-4,
+        rate=1e-3,
     )
     parser.add_argument(
         "--eyes",
@@ -299,7 +313,7 @@ def main() -> None:
         help="the ACT checkpoint whose ResNet it starts with",
     )
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    torch.set_num_threads(args.threads)  # for the feature maps
     DiffusionTraining(args).run()
 
 
