@@ -1,12 +1,9 @@
 """Train a small LeRobot DiffusionPolicy on the demonstrations of `collect.py`, on a CPU, with the ACT policy's eyes.
 
 A person runs this after `train.py`, with the same Python; what comes out is an ordinary LeRobot checkpoint with
-LeRobot's own `DiffusionPolicy` (DDPM, 100 steps, epsilon). Its ResNet starts as the one that ACT has trained on these
-very pictures. For the first part of the training it stays as it is: every picture goes through it once, the feature
-maps are kept in a file, and only what follows learns, from batches in which every observation is a different one.
-Then the whole network learns: the newest pictures teach the ResNet, those before them only pass through it, and each
-observation serves several draws of noise, because a denoising step costs far less than looking does. The weights that
-are saved are a moving average.
+LeRobot's own `DiffusionPolicy` (DDPM, 100 steps, epsilon). Its ResNet is the one that ACT has trained on these very
+pictures and stays as it is: every picture goes through it once, the feature maps are kept in a file, and only what
+follows learns. The weights that are saved are a moving average.
 """
 
 from __future__ import annotations
@@ -37,19 +34,13 @@ from export.recipes.virtual_pick.demonstrations import (
     JOINT_COUNT,
     Demonstrations,
     ahead,
-    brightened,
-    gains,
     image_key,
     shuffled,
 )
 from export.recipes.virtual_pick.training import Training, arguments
 
 OBSERVATION_STEPS, HORIZON, ACTION_STEPS = 2, 32, 16  # at 30 Hz: it plans for a second and acts for half of it
-MAPS_SHARE = 0.8  # the ResNet stays as it is for this part of the training
-MAPS_BATCH = 64  # observations a step while it does
-WHOLE_BATCH, WHOLE_DRAWS = 16, 8  # observations a step after that, and draws of noise for each
-BACKBONE_RATE = 0.5  # of the learning rate: it is nearly there already
-BACKBONE_WARM_UP = 0.02  # of the training, in which it comes up to that
+BATCH = 64  # observations a step
 AVERAGE_POWER, AVERAGE_MAX = 0.75, 0.9999  # Diffusion Policy's EMA (Chi et al. 2023), diffusers' EMAModel
 # Where torchvision's ResNet parts stand in the sequence that LeRobot makes of them.
 PLACES = {"conv1": 0, "bn1": 1, "layer1": 4, "layer2": 5, "layer3": 6, "layer4": 7}
@@ -104,22 +95,10 @@ class Learner(nn.Module):
         self.backbone.eval()  # its batch norms keep the statistics that inference will use
         return self
 
-    def maps(self, batch: Batch) -> Tensor:
-        """Feature maps [B, steps, cameras, C, h, w] of normalised pictures; only the newest teach the ResNet."""
-        steps = []
-        for step in range(OBSERVATION_STEPS):
-            pictures = torch.cat([batch[image_key(c)][:, step] for c in CAMERAS])
-            newest = torch.is_grad_enabled() and step == OBSERVATION_STEPS - 1
-            with torch.set_grad_enabled(newest), torch.autocast("cpu", dtype=torch.bfloat16):
-                maps = self.backbone(pictures.contiguous(memory_format=torch.channels_last))
-            steps.append(torch.stack(maps.float().chunk(len(CAMERAS)), dim=1))
-        return torch.stack(steps, dim=1)
-
-    def loss(self, batch: Batch, draws: int) -> Tensor:
-        """LeRobot's loss (DiffusionModel.compute_loss) of feature maps, with `draws` of noise for each observation."""
+    def loss(self, batch: Batch) -> Tensor:
+        """LeRobot's loss (DiffusionModel.compute_loss) of a batch with feature maps for pictures."""
         model: DiffusionModel = self.policy.diffusion
-        condition = model._prepare_global_conditioning(batch).repeat_interleave(draws, dim=0)
-        actions = batch["action"].repeat_interleave(draws, dim=0)
+        condition, actions = model._prepare_global_conditioning(batch), batch["action"]
         noise, scheduler = torch.randn_like(actions), model.noise_scheduler
         timesteps = spread(len(actions), scheduler.config.num_train_timesteps)
         noisy = scheduler.add_noise(actions, noise, timesteps)
@@ -164,21 +143,9 @@ def observations(data: Demonstrations, index: np.ndarray, rng: np.random.Generat
 def map_batches(data: Demonstrations, maps: np.ndarray, seed: int) -> Iterator[Batch]:
     """Endless shuffled batches with feature maps for pictures."""
     rng = np.random.default_rng(seed)
-    for index in shuffled(len(data), min(MAPS_BATCH, len(data)), rng):
+    for index in shuffled(len(data), min(BATCH, len(data)), rng):
         seen, batch = observations(data, index, rng)
         batch[OBS_IMAGES] = torch.from_numpy(maps[seen]).view(torch.bfloat16).float()
-        yield batch
-
-
-def picture_batches(data: Demonstrations, seed: int) -> Iterator[Batch]:
-    """Endless shuffled batches with pictures; an observation's pictures share one brightness a camera."""
-    rng = np.random.default_rng(seed)
-    for index in shuffled(len(data), WHOLE_BATCH, rng):
-        seen, batch = observations(data, index, rng)
-        for i, camera in enumerate(CAMERAS):
-            gain = gains(len(index), rng)
-            steps = [brightened(data.images(frames, i), gain) for frames in seen.T]
-            batch[image_key(camera)] = torch.stack(steps, dim=1)
         yield batch
 
 
@@ -212,7 +179,7 @@ def write_feature_maps(data: Demonstrations, learner: Learner, normalise: Any, p
 
 
 class DiffusionTraining(Training):
-    """How the diffusion policy learns: first what follows the ResNet, then all of it."""
+    """How the diffusion policy learns: what follows the ResNet, from its feature maps."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         super().__init__(args)
@@ -236,22 +203,14 @@ class DiffusionTraining(Training):
         print(f"{len(self.data)} frames, {sizes[0]:.1f} M parameters and {sizes[1]:.1f} M in the ResNet", flush=True)
         # Small convolutions in one dimension gain little from torch's own threads; halves of a batch do.
         self.workers = ThreadPoolExecutor(args.threads, initializer=torch.set_num_threads, initargs=(1,))
-        self.sees = self.done_share() >= MAPS_SHARE  # pictures, instead of the maps
-        self.feed = self.make_feed()
+        args.out.mkdir(parents=True, exist_ok=True)
+        maps = feature_maps(self.data, self.learner, self.processors[0], args.out)
+        self.feed = ahead(map_batches(self.data, maps, seed=self.step))
 
     def make_optimizer(self) -> torch.optim.AdamW:
-        groups = [
-            {"params": list(self.learner.policy.parameters())},
-            {"params": list(self.learner.backbone.parameters())},
-        ]
+        # The ResNet's group has no gradients; it is there because a state that is kept has it.
+        groups = [{"params": list(m.parameters())} for m in (self.learner.policy, self.learner.backbone)]
         return torch.optim.AdamW(groups, lr=self.args.lr, betas=(0.95, 0.999), weight_decay=1e-6, fused=True)
-
-    def make_feed(self) -> Iterator[Batch]:
-        if self.sees:
-            return ahead(picture_batches(self.data, seed=self.step))
-        self.args.out.mkdir(parents=True, exist_ok=True)
-        maps = feature_maps(self.data, self.learner, self.processors[0], self.args.out)
-        return ahead(map_batches(self.data, maps, seed=self.step))
 
     def batch(self) -> Batch:
         """The next batch, normalised."""
@@ -261,27 +220,20 @@ class DiffusionTraining(Training):
 
     def gradients(self, batch: Batch) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The loss of a part of a batch and its gradients by `learning()`."""
-        if self.sees:
-            loss = self.learner.loss({**batch, OBS_IMAGES: self.learner.maps(batch)}, WHOLE_DRAWS)
-        else:
-            loss = self.learner.loss(batch, 1)
+        loss = self.learner.loss(batch)
         return loss.detach(), torch.autograd.grad(loss, self.learning())
 
     def learning(self) -> list[nn.Parameter]:
-        return list((self.learner if self.sees else self.learner.policy).parameters())
+        return list(self.learner.policy.parameters())
 
     def learn(self) -> float:
-        if not self.sees and self.done_share() >= MAPS_SHARE:
-            self.sees = True
-            self.feed = self.make_feed()
         batch, count = self.batch(), self.args.threads
         shares = [{name: value[i::count] for name, value in batch.items()} for i in range(count)]
         losses, gradients = zip(*self.workers.map(self.gradients, shares), strict=True)
         for parameter, *parts in zip(self.learning(), *gradients, strict=True):
             parameter.grad = torch.stack(parts).mean(dim=0)
-        warm = min(1.0, max(0.0, (self.done_share() - MAPS_SHARE) / BACKBONE_WARM_UP))
-        heads, backbone = self.optimizer.param_groups
-        heads["lr"], backbone["lr"] = self.rate(), self.rate() * BACKBONE_RATE * warm
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate()
         nn.utils.clip_grad_norm_(self.learning(), 1.0)
         self.optimizer.step()
         self.average.follow(self.learner, self.step)
@@ -302,7 +254,7 @@ def main() -> None:
     parser = arguments(
         "Train a small LeRobot DiffusionPolicy on the virtual cell's demonstrations.",
         out=".cache/virtual_pick/diffusion",
-        steps=50_000,
+        steps=25_000,
         minutes=float("inf"),  # by steps: a training that waits for others' work loses nothing
         rate=1e-3,
     )
