@@ -9,6 +9,7 @@ spinning worker would take its core from the control loop.
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -31,16 +32,39 @@ class EngineError(UnderstudyError, RuntimeError):
 
 
 class Engine(Protocol):
-    """A loaded policy."""
+    """A loaded policy.
+
+    A caller fills `inputs` with one observation step, names it with `observe`, and asks with `infer` for the chunk that
+    follows from the steps of these names. A step that the engine knows already is not filled in again, which spares
+    its pictures' decoding and encoding. Where a policy looks at one step only, `infer()` alone does for all of it.
+    """
 
     inputs: dict[str, Array]
-    """By LeRobot's names, to be filled in place: observation.state float32 [S] (joint units),
-    observation.images.<camera> uint8 [H, W, 3] RGB, observation.environment_state float32 [E]."""
+    """One observation step by LeRobot's names, to be filled in place: observation.state float32 [S] (joint units),
+    observation.images.<camera> uint8 [H, W, 3] RGB, observation.environment_state float32 [E]. Never a leading axis,
+    however many steps the policy looks at."""
 
-    def infer(self) -> Array:
-        """Run on what `inputs` holds: float32 [K, A] in joint units, a view that the next call overwrites.
+    def observe(self, key: Hashable) -> None:
+        """Take in what `inputs` holds under `key`, such as its capture time; a key that is known is overwritten.
 
-        Raises EngineError where the result is not finite or the runtime fails.
+        `inputs` may be filled anew afterwards, unless the policy is one graph, which reads them in `infer`.
+        Raises EngineError where the runtime fails or the encoding is not finite; the key is then unknown.
+        """
+
+    def knows(self, key: Hashable) -> bool:
+        """Whether `infer` can use `key` as it is. What was observed, asked for or used most recently is kept: a key
+        that is known stays so for at least as many further steps observed as the policy looks at."""
+
+    def infer(
+        self, keys: Sequence[Hashable] | None = None, *, noise: Array | None = None, step_noise: Array | None = None
+    ) -> Array:
+        """The chunk for the observation steps `keys` (as many as the manifest's observation_steps, oldest first), or,
+        without them, for what `inputs` holds: float32 [K, A] in joint units, a view that the next call overwrites.
+
+        Of policies that sample: `noise` float32 [H, A] is x_T, `step_noise` float32 [S, H, A] is what the steps draw
+        (row i for step i; S - 1 rows do where the last step draws none). Drawn from the engine's generator if None.
+        Raises EngineError where the result is not finite or the runtime fails, for a key that it does not know, for
+        noise that does not fit, and for no keys where the policy looks at several steps.
         """
 
 
@@ -69,9 +93,24 @@ class OnnxEngine:
             self._binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
         self._binding.bind_output(ACTION, "cpu", 0, np.float32, self._output.shape, self._output.ctypes.data)
         self._options = onnxruntime.RunOptions()
+        self._held: Hashable = None  # the key of what `inputs` holds
 
-    def infer(self) -> Array:
+    def observe(self, key: Hashable) -> None:
+        """See Engine.observe."""
+        self._held = key
+
+    def knows(self, key: Hashable) -> bool:
+        """See Engine.knows."""
+        return key == self._held
+
+    def infer(
+        self, keys: Sequence[Hashable] | None = None, *, noise: Array | None = None, step_noise: Array | None = None
+    ) -> Array:
         """See Engine.infer."""
+        if keys is not None and tuple(keys) != (self._held,):
+            raise EngineError(f"{self._path}: asked about {keys}, but its inputs hold {self._held}; observe it first")
+        if noise is not None or step_noise is not None:
+            raise EngineError(f"{self._path}: this policy does not sample, so it takes no noise")
         try:
             self._session.run_with_iobinding(self._binding, self._options)
         except Exception as error:  # onnxruntime's exceptions share no base but Exception
