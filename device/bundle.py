@@ -1,4 +1,4 @@
-"""A policy bundle: what a policy is, once exported, and the checks that stand between it and an arm.
+"""A policy bundle on disk: the policy of one export, and the checks that stand between it and an arm.
 
 `predict` opens the bundle that the cell names, `understudy bundle` shows and runs one, the update flow opens one
 before it activates it, and `export` writes one. Opening proves that the manifest is of a known schema and that every
@@ -9,131 +9,74 @@ rates are those of this cell. Every refusal is a BundleError of one sentence. No
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Mapping
-from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from device.arrays import Array, load_arrays
 from device.errors import BundleError
-from firmware_bridge.calibration import Unit
+from device.manifest import (
+    ACTION,
+    ENVIRONMENT_STATE,
+    NOISE,
+    SCHEMA,
+    STATE,
+    STEP_NOISE,
+    Camera,
+    Fidelity,
+    Handoff,
+    Joint,
+    Manifest,
+    Provenance,
+    Sampler,
+    parse_manifest,
+)
+from device.sampler_table import COEFFICIENTS, SamplerTable, read_sampler_table
 
 if TYPE_CHECKING:
     from device.config import CameraConfig, LoadedCell
 
-SCHEMA = 1
+__all__ = [
+    "ACTION",
+    "COEFFICIENTS",
+    "DENOISE",
+    "ENCODER",
+    "ENVIRONMENT_STATE",
+    "GOLDEN",
+    "MANIFEST",
+    "NOISE",
+    "POLICY",
+    "SAMPLER",
+    "SCHEMA",
+    "STATE",
+    "STEP_NOISE",
+    "Bundle",
+    "Camera",
+    "Fidelity",
+    "Handoff",
+    "Joint",
+    "Manifest",
+    "Provenance",
+    "Sampler",
+    "SamplerTable",
+    "file_sha256",
+    "parse_manifest",
+]
+
 MANIFEST = "manifest.json"
 POLICY = "policy.onnx"
+ENCODER = "encoder.onnx"
+DENOISE = "denoise.onnx"
+SAMPLER = "sampler.npz"
 GOLDEN = "golden.npz"
-STATE = "observation.state"
-ENVIRONMENT_STATE = "observation.environment_state"
-ACTION = "action"
-
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Count = Annotated[int, Field(gt=0)]
-Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class Joint(_Strict):
-    """One joint of the policy; the list's order is the order of state and action vectors."""
-
-    name: Annotated[str, Field(min_length=1)]
-    unit: Unit
-
-
-class Camera(_Strict):
-    """One camera as the policy saw it. `input` is the name of its frames among the policy's inputs."""
-
-    name: Annotated[str, Field(min_length=1)]
-    input: Annotated[str, Field(min_length=1)]  # observation.images.<name>, as the checkpoint's training data had it
-    width: Count  # px
-    height: Count  # px
-
-
-class Handoff(_Strict):
-    """How one chunk should give way to the next; a cell may override it."""
-
-    method: Literal["ensemble", "crossfade", "latest"]
-    m: Annotated[float, Field(allow_inf_nan=False)] | None = None  # ensemble: weights exp(-m * i), i = 0 the oldest
-
-
-class Provenance(_Strict):
-    """Where the policy comes from."""
-
-    policy_type: str  # as the training framework calls it
-    source_layout: str  # which checkpoint layout was read
-    checkpoint: str  # folder name, for people
-    checkpoint_sha256: Sha256  # of the weights file
-    source_files: dict[str, Sha256]  # every file of the checkpoint that was read
-    dataset: str | None = None
-    exporter: str  # understudy's version
-    exported_at: str  # UTC, ISO 8601
-
-
-class Fidelity(_Strict):
-    """What export measured on its golden inputs, in joint units."""
-
-    weights: Literal["fp32", "fp16"]  # as stored; arithmetic is fp32 either way
-    max_error: float  # policy.onnx in onnxruntime against the PyTorch forward with the same (rounded) weights
-    max_rounding_error: float  # PyTorch forward with the stored weights against the checkpoint's own
-
-
-class Manifest(_Strict):
-    """manifest.json, whole."""
-
-    schema_version: Literal[1] = Field(alias="schema")
-    family: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
-    joints: Annotated[tuple[Joint, ...], Field(min_length=1)]
-    cameras: tuple[Camera, ...]
-    state_size: Count
-    environment_state: Count | None = None
-    chunk_size: Count
-    action_rate_hz: Positive
-    observation_steps: Count = 1
-    handoff: Handoff
-    two_state_joints: tuple[str, ...] = ()  # a gripper that only opens or closes: never averaged
-    provenance: Provenance
-    fidelity: Fidelity
-    files: dict[str, Sha256]
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Manifest:
-        names = [joint.name for joint in self.joints]
-        cameras = [camera.name for camera in self.cameras]
-        for kind, found in (("joint", names), ("camera", cameras)):
-            if len(set(found)) != len(found):
-                raise ValueError(f"a {kind} is named twice in {', '.join(found)}")
-        if unknown := sorted(set(self.two_state_joints) - set(names)):
-            raise ValueError(f"two_state_joints names {unknown[0]!r}, which is no joint of this policy")
-        for name in self.files:
-            if not _stays_inside(name):
-                raise ValueError(f"files: {name!r} points outside the bundle")
-        return self
-
-    @property
-    def joint_names(self) -> tuple[str, ...]:
-        return tuple(joint.name for joint in self.joints)
-
-    def input_shapes(self) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
-        """Name -> (shape, dtype) of every input of one observation step, in LeRobot's names."""
-        inputs: dict[str, tuple[tuple[int, ...], np.dtype[Any]]] = {STATE: ((self.state_size,), np.dtype(np.float32))}
-        if self.environment_state is not None:
-            inputs[ENVIRONMENT_STATE] = ((self.environment_state,), np.dtype(np.float32))
-        for camera in self.cameras:
-            inputs[camera.input] = ((camera.height, camera.width, 3), np.dtype(np.uint8))
-        return inputs
-
-    def to_json(self) -> bytes:
-        document = self.model_dump(mode="json", by_alias=True)
-        return (json.dumps(document, indent=2) + "\n").encode()
+FILES_OF_FAMILY = {
+    "act": (POLICY, GOLDEN),
+    "cloning": (POLICY, GOLDEN),
+    "diffusion": (ENCODER, DENOISE, SAMPLER, GOLDEN),
+}
 
 
 class Bundle:
@@ -159,8 +102,8 @@ class Bundle:
         manifest = parse_manifest(raw, path / MANIFEST)
         for name, expected in manifest.files.items():
             _check_file(path, name, expected)
-        for name in (POLICY, GOLDEN):
-            if manifest.family == "act" and name not in manifest.files:
+        for name in FILES_OF_FAMILY[manifest.family]:
+            if name not in manifest.files:
                 raise BundleError(f"{path / MANIFEST}: files: lists no {name}; export the policy again")
         return cls(path, manifest, hashlib.sha256(raw).hexdigest())
 
@@ -178,9 +121,11 @@ class Bundle:
                 f"{self.path}: the policy acts at {rate:g} Hz, but control.rate_hz of {cell.path} is {control:g}; "
                 f"raise it to {rate:g} or more, or actions would be skipped"
             )
+        _check_history(self.path, self.manifest, cell)
 
     def golden(self) -> tuple[dict[str, Array], Array]:
-        """The inputs that export ran, and the reference's action chunk, float32 [K, A] in joint units."""
+        """The inputs that export ran (noise included, where the policy samples), and the reference's action chunk,
+        float32 [K, A] in joint units. Raises BundleError."""
         arrays = load_arrays(self.path / GOLDEN)
         expected = arrays.pop(ACTION, None)
         shape = (self.manifest.chunk_size, len(self.manifest.joints))
@@ -192,28 +137,11 @@ class Bundle:
                 raise BundleError(f"{self.path / GOLDEN}: {name} holds NaN or infinity; export the policy again")
         return arrays, expected
 
-
-def parse_manifest(raw: bytes, path: Path) -> Manifest:
-    """manifest.json's bytes to a Manifest. `path` is for the messages. Raises BundleError."""
-    try:
-        document = json.loads(raw)
-    except ValueError as error:
-        raise BundleError(f"{path} is not valid JSON: {error}") from None
-    schema = document.get("schema") if isinstance(document, dict) else None
-    if not isinstance(schema, int):
-        raise BundleError(f"{path}: schema: is missing, so this is no bundle manifest")
-    if schema > SCHEMA:
-        raise BundleError(
-            f"{path} was written by a newer exporter (schema {schema}; this device knows {SCHEMA}): "
-            "update the device software"
-        )
-    try:
-        return Manifest.model_validate_json(raw)
-    except ValidationError as error:
-        problem = error.errors()[0]
-        key = ".".join(str(part) for part in problem["loc"])
-        message = problem["msg"].removeprefix("Value error, ")
-        raise BundleError(f"{path}: {key + ': ' if key else ''}{message}; export the policy again") from None
+    def sampler_table(self) -> SamplerTable:
+        """The numbers of every denoising step. Raises BundleError, also for a policy that does not sample."""
+        if self.manifest.sampler is None:
+            raise BundleError(f"{self.path}: a policy of family {self.manifest.family} does not sample")
+        return read_sampler_table(self.path / SAMPLER, self.manifest.sampler)
 
 
 def file_sha256(path: Path) -> str:
@@ -223,11 +151,6 @@ def file_sha256(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _stays_inside(name: str) -> bool:
-    path = PurePosixPath(name)
-    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and "\\" not in name
 
 
 def _check_file(root: Path, name: str, expected: str) -> None:
@@ -276,4 +199,17 @@ def _check_cameras(path: Path, manifest: Manifest, cameras: Mapping[str, CameraC
             raise BundleError(
                 f"{path}: the policy was trained on {camera.width}x{camera.height} pixels of camera {camera.name!r}, "
                 f"but the cell's gives {found.width}x{found.height}; set cameras.{camera.name}.width and height"
+            )
+
+
+def _check_history(path: Path, manifest: Manifest, cell: LoadedCell) -> None:
+    """A policy of several observation steps sees frames that are one action period apart."""
+    if manifest.observation_steps == 1:
+        return
+    for camera in manifest.cameras:
+        fps, rate = cell.cell.cameras[camera.name].fps, manifest.action_rate_hz
+        if fps < rate:
+            raise BundleError(
+                f"{path}: the policy looks at {manifest.observation_steps} steps at {rate:g} Hz, but {cell.path} takes "
+                f"{fps:g} frames/s of camera {camera.name!r}; set cameras.{camera.name}.fps to {rate:g} or more"
             )

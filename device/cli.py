@@ -218,7 +218,7 @@ def bundle_show(bundle: Path, as_json: JsonOption = False) -> None:
         return
     from rich.console import Console
 
-    from device.engine import describe
+    from device.bundle_table import describe
 
     Console().print(describe(opened.manifest))
 
@@ -231,7 +231,7 @@ def bundle_run(
     threads: Annotated[int, typer.Option(min=1)] = 1,
 ) -> None:
     """Run one inference without a cell."""
-    from device.engine import run_observation
+    from device.observation_file import run_observation
 
     actions = run_observation(bundle, observation, out, threads)
     print(f"{out}: action float32 {list(actions.shape)}")
