@@ -156,7 +156,8 @@ class Topic:
 TOPICS: dict[str, Topic] = {
     topic.name: topic
     for topic in (
-        Topic("frames/*", "capture", 8, frames_dtype),
+        # Half a second at 30 frames/s: a policy of several observation steps looks back in it, T - 1 action periods.
+        Topic("frames/*", "capture", 16, frames_dtype),
         Topic("joints", "execute", 1024, joints_dtype),
         Topic("goals", "execute", 1024, goals_dtype),
         Topic("ticks", "execute", 1024, TICKS),

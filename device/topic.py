@@ -234,14 +234,10 @@ class TopicReader:
                 return None
             times, values = self._history(ring, field)
             head = self._head
-            fence()
-            oldest = ring.oldest(head)
-            if not ring.whole(oldest):  # there is none, or the writer is at it
-                oldest += 1
-            if oldest > head:
+            around = _around(ring, times, head, t_ns)
+            if around is None:
                 return None
-            after = _first_not_before(t_ns, times, oldest, head, ring.slots)
-            before, after = max(after - 1, oldest), min(after, head)
+            oldest, before, after = around
             t0_ns, t1_ns = times.item(before % ring.slots), times.item(after % ring.slots)
             v0, v1 = (np.array(values[n % ring.slots], np.float64) for n in (before, after))
             fence()
@@ -254,6 +250,36 @@ class TopicReader:
                     return np.asarray(v0 * (1.0 - part) + v1 * part)
                 if (t_ns > t1_ns and after == head) or (t_ns < t0_ns and before == oldest):
                     return None
+            self.retries += 1
+        return None
+
+    def nearest(self, t_ns: int) -> np.void | None:
+        """The record whose `t_ns` is nearest to the given one, the older of two that are as near; a copy.
+
+        Records' `t_ns` must not decrease. None if there is none, or if the writer came round several times running.
+        Raises TopicError if the topic's records have no time.
+        """
+        for _ in range(_TRIES):
+            ring = self._look()
+            if ring is None:
+                return None
+            if "t_ns" not in (ring.dtype.names or ()):
+                raise TopicError(f"{self.path}: records of {ring.dtype} have no t_ns to be found by")
+            times = ring.records["t_ns"]
+            head = self._head
+            around = _around(ring, times, head, t_ns)
+            if around is None:
+                return None
+            oldest, before, after = around
+            t0_ns, t1_ns = times.item(before % ring.slots), times.item(after % ring.slots)
+            nearest = after if abs(t1_ns - t_ns) < abs(t_ns - t0_ns) else before
+            target, raw = self._target(ring, None)
+            np.copyto(raw, ring.bytes[nearest % ring.slots])
+            fence()
+            # As in `at`: two whole records around t_ns, or the end of the history before it.
+            right = t0_ns <= t_ns <= t1_ns or (t_ns > t1_ns and after == head) or (t_ns < t0_ns and before == oldest)
+            if right and ring.whole(before) and ring.whole(after):
+                return cast(np.void, target[()])
             self.retries += 1
         return None
 
@@ -357,6 +383,21 @@ def _unroll(ring: npt.NDArray[Any], start: int, out: npt.NDArray[Any]) -> None:
     np.copyto(out[:split], ring[at : at + split])
     if split < len(out):
         np.copyto(out[split:], ring[: len(out) - split])
+
+
+def _around(ring: Ring, times: npt.NDArray[np.int64], head: int, t_ns: int) -> tuple[int, int, int] | None:
+    """Numbers of the oldest record, and of the two around t_ns (the same one twice outside the history).
+
+    None if there is no record. Only whole records around t_ns, found so afterwards, prove that the search was right.
+    """
+    fence()
+    oldest = ring.oldest(head)
+    if not ring.whole(oldest):  # there is none, or the writer is at it
+        oldest += 1
+    if oldest > head:
+        return None
+    after = _first_not_before(t_ns, times, oldest, head, ring.slots)
+    return oldest, max(after - 1, oldest), min(after, head)
 
 
 def _first_not_before(t_ns: int, times: npt.NDArray[np.int64], oldest: int, head: int, slots: int) -> int:

@@ -605,6 +605,60 @@ def test_at_holds_while_the_history_moves_under_it(
         assert value is None
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    gaps=st.lists(st.integers(0, 40), min_size=1, max_size=12),
+    slots=st.integers(2, 8),
+    asked=st.lists(st.integers(-20, 500), min_size=1, max_size=8),
+)
+def test_nearest_is_the_held_record_whose_time_is_nearest(gaps: list[int], slots: int, asked: list[int]) -> None:
+    times = list(itertools.accumulate(gaps))
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        writer = TopicWriter(topic_path(Path(folder), "frames"), SMALL, slots)
+        for number, t_ns in enumerate(times):
+            writer.publish(t_ns=t_ns, number=number)
+        reader = TopicReader(writer.path)
+        for t_ns in asked:
+            found = reader.nearest(t_ns)
+            assert found is not None
+            assert abs(int(found["t_ns"]) - t_ns) == min(abs(held - t_ns) for held in times[-slots:])
+            assert times[int(found["number"])] == found["t_ns"]
+        assert reader.retries == 0
+        writer.close()
+
+
+def test_nearest_of_nothing_is_nothing_and_of_two_as_near_the_older(path: Path) -> None:
+    assert TopicReader(path).nearest(5) is None
+    writer = TopicWriter(path, SMALL, 4)
+    assert TopicReader(path).nearest(5) is None
+    publish(writer, 1, 2)
+    found = TopicReader(path).nearest(15)
+    assert found is not None
+    assert found["number"] == 1
+    writer.close()
+
+
+def test_nearest_returns_whole_records_while_the_writer_goes_on(path: Path, start: Any) -> None:
+    start(TIGHT_WRITER, 8).hear()
+    reader = TopicReader(path, LARGE)
+    found = 0
+    deadline = time.monotonic() + STUCK_S
+    while found < 200 and time.monotonic() < deadline:
+        newest = reader.latest()
+        record = None if newest is None else reader.nearest(int(newest["t_ns"]) - 2000)
+        if record is not None:
+            assert not is_torn(record)
+            found += 1
+    assert found >= 200
+
+
+def test_records_without_a_time_have_no_nearest(path: Path) -> None:
+    writer = TopicWriter(path, np.dtype([("number", "<u8")]), 2)
+    with pytest.raises(TopicError, match="have no t_ns"):
+        TopicReader(path).nearest(0)
+    writer.close()
+
+
 def test_an_exception_in_the_block_publishes_nothing(path: Path) -> None:
     writer, reader = TopicWriter(path, SMALL, 2), TopicReader(path)
     publish(writer, 1, 2)
