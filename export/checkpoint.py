@@ -1,9 +1,9 @@
 """A policy as some training framework saved it, in the one form that the rest of `export` works with.
 
-Readers (`export.lerobot`) fill a Checkpoint from files with the functions here; networks (`export.act`) take one.
-It holds what the files say under the names that they use: configuration, weights, features in the policy's order, and
-the normalisation already reduced to numbers. Every way in which a file can be unreadable is an ExportError that
-names it.
+Readers (`export.readers.lerobot`) fill a Checkpoint from files with the functions here; networks (`export.act.policy`)
+take one. It holds what the files say under the names that they use: configuration, weights, features in the policy's
+order, and the normalisation already reduced to numbers. Every way in which a file can be unreadable is an ExportError
+that names it.
 """
 
 from __future__ import annotations
@@ -37,6 +37,17 @@ class Feature:
         return self.shape[0]
 
 
+@dataclass(frozen=True)
+class Told:
+    """What a checkpoint does not say and a person has to; None where nothing was said. Readers ask for what they
+    miss."""
+
+    allow_unnormalized: frozenset[str] = frozenset()  # features that may lack statistics
+    cameras: tuple[str, ...] | None = None  # names, in the order of training
+    image_size: tuple[int, int] | None = None  # height, width, px
+    rate_hz: float | None = None  # actions a second
+
+
 @dataclass
 class Checkpoint:
     """A policy as it was saved. `weights` keep their published names; `normalizers` are by the policy's feature names
@@ -55,6 +66,7 @@ class Checkpoint:
     robot_names: dict[str, str] = field(default_factory=dict)
     source_files: dict[str, str] = field(default_factory=dict)
     dataset: str | None = None
+    rate_hz: float | None = None  # actions a second, where the files say so
     warnings: list[str] = field(default_factory=list)
 
     def robot_name(self, feature: str) -> str:
@@ -105,3 +117,36 @@ def group_statistics(tensors: Mapping[str, torch.Tensor]) -> dict[str, Statistic
         feature, _, statistic = key.rpartition(".")
         grouped.setdefault(feature, {})[statistic] = tensor.numpy().astype(np.float64).reshape(-1)
     return dict(grouped)
+
+
+def integer(checkpoint: Checkpoint, key: str) -> int:
+    """A positive integer of the configuration. Raises ExportError."""
+    value = checkpoint.config.get(key)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ExportError(f"{checkpoint.config_path}: {key} should be a positive integer, found {value!r}")
+    return value
+
+
+def check_weights(
+    checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]], training_only: str | None = None
+) -> None:
+    """Raise ExportError unless the checkpoint holds exactly these tensors, of these shapes, all finite.
+
+    Names that begin with `training_only` may hold anything: inference has no use for them.
+    """
+    where, found = checkpoint.weights_path, checkpoint.weights
+    for kind, names in (("missing", expected.keys() - found.keys()), ("unknown", found.keys() - expected.keys())):
+        if names:
+            raise ExportError(f"{where}: {_listed(sorted(names))} {'is' if len(names) == 1 else 'are'} {kind}")
+    for name, shape in expected.items():
+        if tuple(found[name].shape) != shape:
+            raise ExportError(f"{where}: {name} should have shape {list(shape)}, found {list(found[name].shape)}")
+        if training_only is not None and name.startswith(training_only):
+            continue
+        if found[name].is_floating_point() and not torch.stack(found[name].aminmax()).isfinite().all():
+            raise ExportError(f"{where}: {name} holds NaN or infinity")
+
+
+def _listed(names: list[str], limit: int = 8) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

@@ -1,8 +1,9 @@
 """`understudy export`: a checkpoint in, a policy bundle out.
 
-The command line calls `export_checkpoint`; so do the training recipes and the tests. It reads the checkpoint, asks
-for what no checkpoint says (joint names, units, rate), has the network written and proven equal to PyTorch, and only
-then puts a bundle where it was asked for.
+The command line calls `run_export`; so do the training recipes and the tests `export_checkpoint`. It reads the
+checkpoint, asks for what no checkpoint says (joint names, units, rate), has the network written and proven equal to
+PyTorch, measures what a lower precision costs, and only then puts a bundle where it was asked for. Which frameworks and
+families there are is `export.families`' business.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import datetime
 import json
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from enum import Enum
 from importlib import metadata
 from pathlib import Path
@@ -21,53 +22,71 @@ import numpy as np
 from pydantic import ValidationError
 from rich.console import Console
 
-from device.arrays import Array, load_arrays
+from device.arrays import Array
 from device.bundle import (
     ACTION,
     STATE,
     Camera,
     Fidelity,
     Handoff,
-    Joint,
     Manifest,
     Provenance,
 )
-from export.act import ActPolicy, read_act
-from export.act_export import AuthoredPolicy, author, input_shapes
-from export.bundle_writer import refuse_occupied, write_bundle
-from export.checkpoint import Checkpoint
+from export import fidelity, golden
+from export.bundle_writer import PartialBundle, partial_bundle, refuse_occupied
+from export.checkpoint import Checkpoint, Told
 from export.errors import ExportError
-from export.lerobot import read_checkpoint
+from export.families import read_policy
 from export.normalize import Statistics
+from export.policy import Policy, rounded
+from export.precision import Precision, Storage
+from export.sampling import FAST, Sampling
 from export.units import check_units, name_joints
 from firmware_bridge.calibration import Unit
 
 IMAGES = "observation.images."
 ENSEMBLE_M = 0.01  # Zhao et al. 2023, and LeRobot's documentation
-SUPPORTED = ("act",)
+USUAL_RATE_HZ = 30.0  # of the field's recordings, where neither files nor person say
 
 Method = Literal["ensemble", "crossfade", "latest"]
 Progress = Callable[[str], None]
 C = TypeVar("C", bound=Enum)
 
 
-class Weights(str, Enum):
-    """How weights are stored in policy.onnx."""
-
-    fp32 = "fp32"
-    fp16 = "fp16"
-
-
 @dataclass(frozen=True)
 class ExportReport:
-    """What export did. `max_error` is policy.onnx against PyTorch, in joint units."""
+    """What export did. `max_error` is the bundle against PyTorch on the golden inputs, `joint_errors` what a lower
+    precision costs on recorded observations, by joint; both in joint units."""
 
     path: Path
+    family: str
     nodes: int
     seconds: float
     max_error: float
     max_rounding_error: float
+    precision: Precision
+    joint_errors: dict[str, float]
+    sampler: str | None
     warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What a person decides about a bundle, beside what is `Told` and `Sampling`. See `export_checkpoint`."""
+
+    joints: Sequence[str] | None = None
+    units: Unit = Unit.degrees
+    dataset: str | None = None
+    handoff: Method | None = None
+    ensemble_m: float | None = None
+    two_state_joints: Sequence[str] = ()
+    storage: Storage = Storage.fp32
+    precision: Precision = Precision.fp32
+    observation: Path | None = None
+    episodes: Path | None = None
+    force: bool = False
+    told: Told = field(default_factory=Told)
+    sampling: Sampling = field(default_factory=Sampling)
 
 
 def export_checkpoint(
@@ -75,60 +94,56 @@ def export_checkpoint(
     out: Path,
     *,
     joints: Sequence[str] | None = None,
-    rate_hz: float = 30.0,
+    rate_hz: float | None = None,
     units: Unit = Unit.degrees,
-    dataset: str | None = None,
-    handoff: Method | None = None,
-    ensemble_m: float | None = None,
-    two_state_joints: Sequence[str] = (),
-    weights: Weights | Literal["fp32", "fp16"] = Weights.fp32,
-    observation: Path | None = None,
+    weights: Storage | Literal["fp32", "fp16"] = Storage.fp32,
+    precision: Precision | Literal["fp32", "fp16", "int8"] = Precision.fp32,
     allow_unnormalized: Iterable[str] = (),
+    cameras: Sequence[str] | None = None,
+    image_size: tuple[int, int] | None = None,
+    sampling: Sampling | None = None,
+    force: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
+    **choices: Any,
 ) -> ExportReport:
-    """Export a LeRobot checkpoint directory as a bundle at `out`.
+    """Export a checkpoint as a bundle at `out`.
 
     `joints`: names in action order (NAME=UNIT for one that differs from `units`); SO-101's where there are six.
-    `rate_hz`: actions a second in training. `observation`: an .npz of one real observation by LeRobot's names, which
-    becomes the golden input and the reference pictures. `weights`: how they are stored; arithmetic is float32.
+    `rate_hz`: actions a second in training. `cameras`, `image_size` (height, width): for checkpoints that do not say.
+    `weights`: how they are stored. `precision`: what is computed in; measured on `episodes` (a folder) or `observation`
+    and refused above `export.fidelity`'s bounds unless `force`. `choices`: further fields of `Choices`; `observation`,
+    an .npz of one real observation by LeRobot's names, becomes the golden input and the reference pictures.
     Raises ExportError (or BundleError for a bad `observation`); `out` is then as it was.
     """
     started = time.perf_counter()
-    weights = Weights(weights)
+    chosen = Choices(
+        joints=joints,
+        units=units,
+        storage=Storage(weights),
+        precision=Precision(precision),
+        force=force,
+        told=Told(frozenset(allow_unnormalized), None if cameras is None else tuple(cameras), image_size, rate_hz),
+        sampling=sampling or Sampling(force=force),
+        **choices,
+    )
     say = progress or (lambda step: None)
     refuse_occupied(out, overwrite)
     say("reading the checkpoint")
-    source = read_checkpoint(checkpoint, allow_unnormalized)
-    policy = _read_policy(source)
-    manifest = _manifest(
-        source,
-        policy,
-        joints=name_joints(joints, policy.config.action_size, units),
-        rate_hz=rate_hz,
-        dataset=dataset,
-        handoff=(handoff or "ensemble", ensemble_m),
-        two_state_joints=two_state_joints,
-    )
-    check_units(manifest.joints, _joint_statistics(source, manifest), str(source.path))
-    seen = None if observation is None else _observation(source, policy, observation)
-    say("writing and checking the network")
-    authored = author(policy, _input_names(source, policy), seen, half=weights is Weights.fp16)
-    say("writing the bundle")
-    write_bundle(
-        out,
-        manifest.model_copy(update={"fidelity": _fidelity(weights, authored)}),
-        authored.model,
-        authored.golden,
-        pictures={} if seen is None else {camera.name: seen[name] for name, camera in _cameras(source, policy).items()},
-        overwrite=overwrite,
-    )
+    source, policy = read_policy(checkpoint, chosen.told, chosen.sampling)
+    with partial_bundle(out, overwrite) as partial:
+        nodes, manifest = _write(partial, source, policy, chosen, say)
+    measured = manifest.fidelity
     return ExportReport(
         path=out,
-        nodes=authored.nodes,
+        family=policy.family,
+        nodes=nodes,
         seconds=time.perf_counter() - started,
-        max_error=authored.max_error,
-        max_rounding_error=authored.max_rounding_error,
+        max_error=measured.max_error,
+        max_rounding_error=measured.max_rounding_error,
+        precision=chosen.precision,
+        joint_errors=dict(zip(manifest.joint_names, measured.joint_errors, strict=False)),
+        sampler=_describe_sampler(manifest),
         warnings=tuple(source.warnings),
     )
 
@@ -138,15 +153,18 @@ def run_export(
     out: Path,
     *,
     joints: str | None = None,
-    rate_hz: float = 30.0,
     units: str = Unit.degrees.value,
     weights: str = "fp32",
+    precision: str = "fp32",
+    cameras: str | None = None,
+    image_size: str | None = None,
+    fast: bool = False,
     as_json: bool = False,
     **options: Any,
 ) -> None:
     """What the command line calls: options as text, progress on standard error, the report on standard output.
 
-    `options`: further ones of `export_checkpoint`, as they are there.
+    `options`: further ones of `export_checkpoint` and fields of `Sampling`, as they are there.
     """
     console = Console(stderr=True)
     with console.status("starting") as status:
@@ -154,9 +172,12 @@ def run_export(
             checkpoint,
             out,
             joints=None if joints is None else joints.split(","),
-            rate_hz=rate_hz,
             units=_choice("--units", units, Unit),
-            weights=_choice("--weights", weights, Weights),
+            weights=_choice("--weights", weights, Storage),
+            precision=_choice("--precision", precision, Precision),
+            cameras=None if cameras is None else cameras.split(","),
+            image_size=None if image_size is None else _size(image_size),
+            sampling=_sampling(fast, options),
             progress=status.update,
             **options,
         )
@@ -165,11 +186,42 @@ def run_export(
     if as_json:
         print(json.dumps(asdict(report) | {"path": str(report.path)}))
         return
-    print(
-        f"{report.path}: {report.nodes} nodes in {report.seconds:.1f} s, "
-        f"largest difference from PyTorch {report.max_error:.2g} of a joint unit"
-        + (f", from rounding the weights {report.max_rounding_error:.2g}" if weights == "fp16" else "")
-    )
+    print(_sentence(report, weights))
+    for joint, error in report.joint_errors.items():
+        print(f"  {joint}: {report.precision.value} differs from fp32 by {error:.2g} at most")
+
+
+def _sentence(report: ExportReport, weights: str) -> str:
+    parts = [
+        f"{report.path}: {report.nodes} nodes in {report.seconds:.1f} s",
+        f"largest difference from PyTorch {report.max_error:.2g} of a joint unit",
+    ]
+    if weights == "fp16":
+        parts.append(f"from rounding the weights {report.max_rounding_error:.2g}")
+    if report.sampler is not None:
+        parts.append(f"samples by {report.sampler}")
+    return ", ".join(parts)
+
+
+def _sampling(fast: bool, options: dict[str, Any]) -> Sampling:
+    """Takes the fields of Sampling out of `options`."""
+    names = ("solver", "steps", "spacing", "chaining", "chain")
+    given = {name: value for name in names if (value := options.pop(name, None)) is not None}
+    if fast and given:
+        raise ExportError(f"--fast is a solver, steps and spacing of its own; leave out --{next(iter(given))}")
+    for name, known in (("solver", ("ddpm", "ddim", "dpmpp")), ("spacing", ("leading", "trailing"))):
+        if name in given and given[name] not in known:
+            raise ExportError(f"--{name} {given[name]!r} is unknown; known are {', '.join(known)}")
+    if given.get("chaining") not in (None, "sigma", "bins"):
+        raise ExportError(f"--chaining {given['chaining']!r} is unknown; known are sigma, bins")
+    return FAST if fast else Sampling(**given, force=bool(options.get("force")))
+
+
+def _size(text: str) -> tuple[int, int]:
+    height, times, width = text.partition("x")
+    if not (times and height.isdecimal() and width.isdecimal() and int(height) and int(width)):
+        raise ExportError(f"--image-size {text!r}: expected HEIGHTxWIDTH in pixels, such as 480x640")
+    return int(height), int(width)
 
 
 def _choice(option: str, text: str, choices: type[C]) -> C:
@@ -180,38 +232,57 @@ def _choice(option: str, text: str, choices: type[C]) -> C:
         raise ExportError(f"{option} {text!r} is unknown; known are {known}") from None
 
 
-def _read_policy(source: Checkpoint) -> ActPolicy:
-    kind = source.config.get("type")
-    if kind not in SUPPORTED:
-        raise ExportError(f"{source.path}: type: {kind} is not supported; supported are {', '.join(SUPPORTED)}")
-    return read_act(source)
+def _write(
+    partial: PartialBundle, source: Checkpoint, policy: Policy, chosen: Choices, say: Progress
+) -> tuple[int, Manifest]:
+    """Everything that a bundle holds. Returns the number of nodes, and the manifest but for its list of files."""
+    manifest = _manifest(source, policy, chosen)
+    check_units(manifest.joints, _joint_statistics(source, manifest), str(source.path))
+    names = _input_names(source, policy)
+    seen = None if chosen.observation is None else golden.from_file(chosen.observation, source, policy)
+    say("computing the reference in PyTorch")
+    inputs = (seen or golden.made_up(policy)) | policy.noise(golden.NOISE_SEED)
+    stored = rounded(policy) if chosen.storage is Storage.fp16 else policy
+    expected = stored.reference(inputs)
+    rounding = float(np.abs(expected - policy.reference(inputs)).max()) if stored is not policy else 0.0
+    say("writing and checking the network")
+    authored = stored.author(names, chosen.storage, Precision.fp32)
+    partial.write(authored.files)
+    robot_inputs = {names.get(name, name): array for name, array in inputs.items()}
+    partial.write_golden(robot_inputs | {ACTION: expected})
+    partial.write_pictures(_pictures(source, policy, seen))
+    error = fidelity.prove(partial.path, manifest, robot_inputs, expected)
+    measured = Fidelity(weights=chosen.storage.value, max_error=error, max_rounding_error=rounding)
+    if chosen.precision is not Precision.fp32:
+        say(f"measuring {chosen.precision.value} against fp32")
+        observed = fidelity.observations(source, policy, manifest, chosen.episodes, chosen.observation)
+        authored, measured = fidelity.lower(
+            partial, manifest, stored, names, authored, measured, observed, chosen.precision, chosen.force
+        )
+    manifest = manifest.model_copy(update={"fidelity": measured})
+    say("writing the bundle")
+    partial.finish(manifest)
+    return authored.nodes, manifest
 
 
-def _manifest(
-    source: Checkpoint,
-    policy: ActPolicy,
-    *,
-    joints: tuple[Joint, ...],
-    rate_hz: float,
-    dataset: str | None,
-    handoff: tuple[Method, float | None],
-    two_state_joints: Sequence[str],
-) -> Manifest:
+def _manifest(source: Checkpoint, policy: Policy, chosen: Choices) -> Manifest:
     """The manifest but for what is known only once the network is written: errors and files."""
     try:
         return Manifest(
             schema=1,
-            family="act",
-            joints=joints,
+            family=policy.family,
+            joints=name_joints(chosen.joints, policy.action_size, chosen.units),
             cameras=tuple(_cameras(source, policy).values()),
-            state_size=policy.config.state_size,
-            environment_state=policy.config.environment_state,
-            chunk_size=policy.config.chunk_size,
-            action_rate_hz=rate_hz,
-            handoff=_handoff(policy, *handoff),
-            two_state_joints=tuple(two_state_joints),
-            provenance=_provenance(source, dataset),
+            state_size=policy.inputs.state_size,
+            environment_state=policy.inputs.environment_state,
+            chunk_size=policy.chunk_size,
+            action_rate_hz=next(r for r in (chosen.told.rate_hz, source.rate_hz, USUAL_RATE_HZ) if r is not None),
+            observation_steps=policy.observation_steps,
+            handoff=_handoff(policy, chosen.handoff, chosen.ensemble_m),
+            two_state_joints=tuple(chosen.two_state_joints),
+            provenance=_provenance(source, chosen.dataset),
             fidelity=Fidelity(weights="fp32", max_error=0, max_rounding_error=0),
+            sampler=policy.sampler,
             files={},
         )
     except ValidationError as error:
@@ -220,8 +291,9 @@ def _manifest(
         raise ExportError(option + problem["msg"].removeprefix("Value error, ")) from None
 
 
-def _fidelity(weights: Weights, authored: AuthoredPolicy) -> Fidelity:
-    return Fidelity(weights=weights.value, max_error=authored.max_error, max_rounding_error=authored.max_rounding_error)
+def _describe_sampler(manifest: Manifest) -> str | None:
+    sampler = manifest.sampler
+    return None if sampler is None else f"{sampler.solver}, {sampler.steps} steps, {sampler.spacing}"
 
 
 def _joint_statistics(source: Checkpoint, manifest: Manifest) -> dict[str, Statistics]:
@@ -233,42 +305,39 @@ def _joint_statistics(source: Checkpoint, manifest: Manifest) -> dict[str, Stati
     }
 
 
-def _input_names(source: Checkpoint, policy: ActPolicy) -> dict[str, str]:
-    names = {name: source.robot_name(name) for name in input_shapes(policy.config)}
+def _input_names(source: Checkpoint, policy: Policy) -> dict[str, str]:
+    names = {name: source.robot_name(name) for name in policy.inputs.shapes()}
     for name, given in names.items():
         if not name.startswith(IMAGES) and not name.startswith("observation.image") and given != name:
             raise ExportError(f"{source.path}: rename_map: {given} becomes {name}; only cameras can be renamed")
     return names
 
 
-def _cameras(source: Checkpoint, policy: ActPolicy) -> dict[str, Camera]:
+def _cameras(source: Checkpoint, policy: Policy) -> dict[str, Camera]:
     """By the policy's name of the image."""
     cameras = {}
-    for name, height, width in policy.config.images:
+    for name, height, width in policy.inputs.images:
         given = source.robot_name(name)
         short = given.removeprefix(IMAGES).removeprefix("observation.")
         cameras[name] = Camera(name=short, input=given, width=width, height=height)
     return cameras
 
 
-def _observation(source: Checkpoint, policy: ActPolicy, path: Path) -> dict[str, Array]:
-    arrays, inputs = load_arrays(path), {}
-    for name, shape in input_shapes(policy.config).items():
-        given = source.robot_name(name)
-        dtype = np.dtype(np.uint8 if len(shape) == 3 else np.float32)
-        if given not in arrays or arrays[given].shape != shape or arrays[given].dtype != dtype:
-            found = f"{arrays[given].dtype} {list(arrays[given].shape)}" if given in arrays else "nothing"
-            raise ExportError(f"{path}: {given} should be {dtype} {list(shape)}, found {found}")
-        inputs[name] = arrays[given]
-    return inputs
+def _pictures(source: Checkpoint, policy: Policy, seen: dict[str, Array] | None) -> dict[str, Array]:
+    """By camera, the newest of a real observation."""
+    if seen is None:
+        return {}
+    newest = {name: array if policy.observation_steps == 1 else array[-1] for name, array in seen.items()}
+    return {camera.name: newest[name] for name, camera in _cameras(source, policy).items()}
 
 
-def _handoff(policy: ActPolicy, method: Method, m: float | None) -> Handoff:
-    """`m` (ensemble only): as given, else the checkpoint's own, else the paper's."""
+def _handoff(policy: Policy, method: Method | None, m: float | None) -> Handoff:
+    """As given, else what the policy recommends; `m` is for the ensemble only."""
+    recommended = policy.handoff
+    method = method or recommended.method
     if method != "ensemble":
         return Handoff(method=method)
-    found = policy.config.ensemble_coefficient
-    return Handoff(method=method, m=float(m if m is not None else ENSEMBLE_M if found is None else found))
+    return Handoff(method=method, m=m if m is not None else recommended.m if recommended.m is not None else ENSEMBLE_M)
 
 
 def _provenance(source: Checkpoint, dataset: str | None) -> Provenance:

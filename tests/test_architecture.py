@@ -31,6 +31,7 @@ EXPORT_MAY_IMPORT = {
     "device.engine",
     "device.ensemble",
     "device.errors",
+    "device.manifest",
     "device.scripted_expert",
     "device.virtual_world",
 }

@@ -56,14 +56,12 @@ def engine(policy: Path, inputs: dict[str, np.ndarray], threads: int) -> Infer:
 def torch_forward(policy: Path, inputs: dict[str, np.ndarray], threads: int) -> Infer:
     import torch
 
-    from export.act import read_act
-    from export.act_export import with_constants
-    from export.act_network import run_in_torch
-    from export.lerobot import read_checkpoint
+    from export.act.read import read_act
+    from export.readers.lerobot import read_checkpoint
 
     torch.set_num_threads(threads)
-    loaded = with_constants(read_act(read_checkpoint(policy)))
-    return lambda: run_in_torch(loaded, inputs)
+    loaded = read_act(read_checkpoint(policy))
+    return lambda: loaded.reference(inputs)
 
 
 def lerobot(policy: Path, inputs: dict[str, np.ndarray], threads: int) -> Infer:

@@ -8,16 +8,16 @@ in a way that this reader does not know is refused by name. Nothing is downloade
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from device.bundle import file_sha256
-from export import legacy_buffers, processors
-from export.checkpoint import Checkpoint, Feature, parse_features, read_json, read_tensors
+from export.checkpoint import Checkpoint, Feature, Told, parse_features, read_json, read_tensors
 from export.errors import ExportError
+from export.readers import legacy_buffers, processors
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -25,8 +25,8 @@ TRAINING_CONFIG = "train_config.json"
 NEARBY = ("pretrained_model", "last/pretrained_model", "checkpoints/last/pretrained_model", "..", "../pretrained_model")
 
 
-def read_checkpoint(path: Path, allow_unnormalized: Iterable[str] = ()) -> Checkpoint:
-    """Read a policy directory. `allow_unnormalized` names features that may lack statistics. Raises ExportError."""
+def read_checkpoint(path: Path, told: Told | None = None) -> Checkpoint:
+    """Read a policy directory. Raises ExportError."""
     directory, warnings = find_policy(path)
     config = read_json(directory / CONFIG)
     checkpoint = Checkpoint(
@@ -40,7 +40,7 @@ def read_checkpoint(path: Path, allow_unnormalized: Iterable[str] = ()) -> Check
         layout="",
         warnings=warnings,
     )
-    allowed = frozenset(allow_unnormalized)
+    allowed = told.allow_unnormalized if told else frozenset()
     if processors.has_processors(directory):
         checkpoint.layout = "lerobot processors (0.4 and later)"
         files = processors.read_normalization(checkpoint, allowed)

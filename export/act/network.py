@@ -10,15 +10,18 @@ values are all the same row (its input is zero), so that any weighting of them i
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
 
 from device.bundle import ACTION, ENVIRONMENT_STATE, STATE
-from export.act import ActPolicy
-from export.act_weights import ActConfig, Convolution, blocks
-from export.operations import Array, Operations, TorchOperations
+from export.act.weights import ActConfig
+from export.networks.operations import Operations, TorchOperations
+from export.networks.resnet import resnet
+
+if TYPE_CHECKING:
+    from export.act.policy import ActPolicy
 
 T = TypeVar("T")
 FIRST_DECODER_ROW = "decoder.first_self_attention"
@@ -30,13 +33,6 @@ def act(ops: Operations[T], policy: ActPolicy) -> T:
     encoded = _encoder(ops, policy.config, tokens, positions)
     decoded = _decoder(ops, policy.config, encoded, positions)
     return ops.unnormalize(ops.linear(decoded, "action_head"), policy.normalizers[ACTION])
-
-
-def run_in_torch(policy: ActPolicy, inputs: Mapping[str, Array]) -> Array:
-    """The reference: float32 [K, A] for raw inputs by the policy's names."""
-    with torch.inference_mode():
-        result: Array = act(TorchOperations(policy.weights, inputs), policy).numpy()
-    return result
 
 
 def positions_2d(height: int, width: int, dim: int) -> np.ndarray[Any, np.dtype[np.float64]]:
@@ -77,9 +73,9 @@ def _tokens(ops: Operations[T], policy: ActPolicy) -> tuple[T, T]:
     positions = [policy.weights["encoder_1d_feature_pos_embed.weight"].double().numpy()]
     for (height, width), names in _by_size(config).items():
         frames = ops.frames(names, [policy.normalizers[name] for name in names])
-        features = ops.conv(_resnet(ops, config, frames), "encoder_img_feat_input_proj")
+        features = ops.conv(resnet(ops, config.resnet, frames), "encoder_img_feat_input_proj")
         rows.append(ops.tokens(features, config.dim))
-        cells = positions_2d(_cells(height, config), _cells(width, config), config.dim)
+        cells = positions_2d(config.resnet.cells(height), config.resnet.cells(width), config.dim)
         positions.extend([cells] * len(names))
     return ops.concat(rows), ops.constant("token_positions", np.concatenate(positions).astype(np.float32))
 
@@ -90,33 +86,6 @@ def _by_size(config: ActConfig) -> dict[tuple[int, int], list[str]]:
     for name, height, width in config.images:
         groups.setdefault((height, width), []).append(name)
     return groups
-
-
-def _cells(pixels: int, config: ActConfig) -> int:
-    """Rows (or columns) of the backbone's last feature map: every stride of 2 rounds up."""
-    for _ in range(4 if config.dilate else 5):
-        pixels = (pixels + 1) // 2
-    return pixels
-
-
-def _resnet(ops: Operations[T], config: ActConfig, x: T) -> T:
-    x = ops.max_pool(ops.relu(ops.conv(x, "backbone.conv1", stride=2, padding=3)))
-    for block in blocks(config):
-        x = _residual(ops, block, x)
-    return x
-
-
-def _residual(ops: Operations[T], block: list[Convolution], x: T) -> T:
-    shortcut, inner = x, list(block)
-    if "downsample" in block[-1].name:
-        shortcut = _convolution(ops, inner.pop(), x)
-    for convolution in inner[:-1]:
-        x = ops.relu(_convolution(ops, convolution, x))
-    return ops.relu(ops.add(_convolution(ops, inner[-1], x), shortcut))
-
-
-def _convolution(ops: Operations[T], convolution: Convolution, x: T) -> T:
-    return ops.conv(x, convolution.name, convolution.stride, convolution.padding, convolution.dilation)
 
 
 def _encoder(ops: Operations[T], config: ActConfig, x: T, positions: T) -> T:

@@ -1,9 +1,11 @@
 """The few operations that our networks are written in, and PyTorch as the first to execute them.
 
-A network (`export.act_network`) is one function over `Operations`: `TorchOperations` computes it, which is the
-reference that every bundle is compared with, and `export.graph.GraphOperations` writes it down as ONNX nodes. So there
-is one description of each architecture, and the graph holds what we put there and nothing that a tracer added.
-Tokens are matrices [tokens, width] without a batch axis: an arm has one observation at a time.
+A network (`export.act.network`, `export.diffusion.unet`) is a function over `Operations`: `TorchOperations` computes
+it, which is the reference that every bundle is compared with, and `export.networks.graph.GraphOperations` writes it
+down as ONNX nodes. So there is one description of each architecture, and the graph holds what we put there and nothing
+that a tracer added. What is computed keeps its gradients, so the same description is what distillation trains. An arm
+has one observation at a time: tokens are matrices [tokens, width] without a batch axis; where there is one, it is 1 in
+a graph.
 """
 
 from __future__ import annotations
@@ -33,16 +35,43 @@ class Operations(Protocol[T]):
 
     def weight(self, name: str) -> T: ...
     def constant(self, name: str, value: Array) -> T: ...
+    def given(self, name: str) -> T:
+        """The input `name` as it is, float32."""
+
     def add(self, a: T, b: T) -> T: ...
-    def concat(self, rows: Sequence[T]) -> T: ...
+    def mul(self, a: T, b: T) -> T: ...
+    def clip(self, x: T, bound: T) -> T:
+        """To -bound .. bound."""
+
+    def concat(self, parts: Sequence[T], axis: int = 0) -> T: ...
+    def slice(self, x: T, axis: int, start: int, stop: int) -> T: ...
+    def reshape(self, x: T, *sizes: int) -> T: ...
+    def transpose(self, x: T, *axes: int) -> T: ...
     def relu(self, x: T) -> T: ...
     def gelu(self, x: T) -> T: ...
+    def mish(self, x: T) -> T: ...
+    def softmax(self, x: T) -> T:
+        """Over the last axis."""
+
+    def product(self, a: T, b: T) -> T:
+        """Matrix product over the last two axes, in float32 whatever the network computes in."""
+
     def linear(self, x: T, name: str) -> T: ...
     def layer_norm(self, x: T, name: str) -> T: ...
+    def group_norm(self, x: T, name: str, groups: int, dimensions: int = 1) -> T:
+        """Of [N, C, ...] with so many `dimensions` after the channels; eps 1e-5."""
 
-    def conv(self, x: T, name: str, stride: int = 1, padding: int = 0, dilation: int = 1) -> T: ...
+    def conv(self, x: T, name: str, stride: int = 1, padding: int = 0, dilation: int = 1) -> T:
+        """Over as many dimensions as the weight has; with a bias where the weights have one."""
+
+    def conv_transpose(self, x: T, name: str, stride: int, padding: int) -> T:
+        """Of [N, C, L], in one dimension."""
+
     def max_pool(self, x: T) -> T:
         """3x3, stride 2, padding 1."""
+
+    def mean_pool(self, x: T) -> T:
+        """[N, C, h, w] to [N, C]: the mean of each map."""
 
     def tokens(self, features: T, width: int) -> T:
         """A feature map [N, C, h, w] as rows [N*h*w, C], image by image, line by line."""
@@ -79,8 +108,35 @@ class TorchOperations:
     def add(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return a + b
 
-    def concat(self, rows: Sequence[torch.Tensor]) -> torch.Tensor:
-        return torch.cat(tuple(rows))
+    def given(self, name: str) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(self._inputs[name]))
+
+    def mul(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return a * b
+
+    def clip(self, x: torch.Tensor, bound: torch.Tensor) -> torch.Tensor:
+        return torch.minimum(torch.maximum(x, -bound), bound)
+
+    def concat(self, parts: Sequence[torch.Tensor], axis: int = 0) -> torch.Tensor:
+        return torch.cat(tuple(parts), dim=axis)
+
+    def slice(self, x: torch.Tensor, axis: int, start: int, stop: int) -> torch.Tensor:
+        return x.narrow(axis, start, stop - start)
+
+    def reshape(self, x: torch.Tensor, *sizes: int) -> torch.Tensor:
+        return x.reshape(sizes)
+
+    def transpose(self, x: torch.Tensor, *axes: int) -> torch.Tensor:
+        return x.permute(axes)
+
+    def mish(self, x: torch.Tensor) -> torch.Tensor:
+        return F.mish(x)
+
+    def softmax(self, x: torch.Tensor) -> torch.Tensor:
+        return x.softmax(-1)
+
+    def product(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return a @ b
 
     def relu(self, x: torch.Tensor) -> torch.Tensor:
         return F.relu(x)
@@ -94,12 +150,23 @@ class TorchOperations:
     def layer_norm(self, x: torch.Tensor, name: str) -> torch.Tensor:
         return F.layer_norm(x, x.shape[-1:], self._weights[f"{name}.weight"], self._weights[f"{name}.bias"])
 
+    def group_norm(self, x: torch.Tensor, name: str, groups: int, dimensions: int = 1) -> torch.Tensor:
+        return F.group_norm(x, groups, self._weights[f"{name}.weight"], self._weights[f"{name}.bias"])
+
     def conv(self, x: torch.Tensor, name: str, stride: int = 1, padding: int = 0, dilation: int = 1) -> torch.Tensor:
+        weight, bias = self._weights[f"{name}.weight"], self._weights.get(f"{name}.bias")
+        convolve = F.conv2d if weight.ndim == 4 else F.conv1d
+        return convolve(x, weight, bias, stride, padding, dilation)
+
+    def conv_transpose(self, x: torch.Tensor, name: str, stride: int, padding: int) -> torch.Tensor:
         weight, bias = self._weights[f"{name}.weight"], self._weights[f"{name}.bias"]
-        return F.conv2d(x, weight, bias, stride, padding, dilation)
+        return F.conv_transpose1d(x, weight, bias, stride, padding)
 
     def max_pool(self, x: torch.Tensor) -> torch.Tensor:
         return F.max_pool2d(x, 3, 2, 1)
+
+    def mean_pool(self, x: torch.Tensor) -> torch.Tensor:
+        return x.mean((2, 3))
 
     def tokens(self, features: torch.Tensor, width: int) -> torch.Tensor:
         return features.permute(0, 2, 3, 1).reshape(-1, width)

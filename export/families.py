@@ -1,0 +1,38 @@
+"""Which checkpoints there are: files to a Checkpoint, a Checkpoint to a Policy, by two tables.
+
+`export`, `sweep` and `distill` call `read_policy` and know nothing of layouts and families. Whatever is in neither
+table is refused with its name and the names of what is supported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from export.act.read import read_act
+from export.checkpoint import Checkpoint, Told
+from export.errors import ExportError
+from export.policy import Policy
+from export.readers.lerobot import read_checkpoint
+from export.sampling import Sampling
+
+# `type` of the checkpoint's configuration -> what understands it.
+FAMILIES: dict[str, Callable[[Checkpoint, Sampling], Policy]] = {
+    "act": lambda checkpoint, _: read_act(checkpoint),
+}
+
+
+def read_policy(path: Path, told: Told, sampling: Sampling) -> tuple[Checkpoint, Policy]:
+    """The checkpoint at `path` as it was saved, and understood. Raises ExportError."""
+    source = _read_files(path, told)
+    kind = source.config.get("type")
+    if kind not in FAMILIES:
+        raise ExportError(f"{source.path}: type: {kind} is not supported; supported are {', '.join(FAMILIES)}")
+    policy = FAMILIES[kind](source, sampling)
+    if policy.sampler is None and sampling.chosen:
+        raise ExportError(f"{source.path}: {kind} answers at once, so there is no solver, steps or spacing to choose")
+    return source, policy
+
+
+def _read_files(path: Path, told: Told) -> Checkpoint:
+    return read_checkpoint(path, told)

@@ -1,0 +1,1 @@
+"""What networks are written in: operations, their two executors, and parts that families share."""

@@ -1,0 +1,1 @@
+"""Readers of checkpoint layouts: files in, one Checkpoint out."""
