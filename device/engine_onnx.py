@@ -21,6 +21,12 @@ from device.engine import EngineError
 Signature = Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]]
 """Name -> (shape, dtype)."""
 
+Provider = str | tuple[str, dict[str, str]]
+"""One of onnxruntime's execution providers, with its options."""
+
+ON_CPU: tuple[Provider, ...] = ("CPUExecutionProvider",)
+ON_CUDA: tuple[Provider, ...] = (("CUDAExecutionProvider", {"use_tf32": "0"}), "CPUExecutionProvider")
+
 NOT_FINITE = (
     "the policy answered NaN or infinity; check the observation (a camera that is black, a joint far outside what it "
     "was trained on) or export again"
@@ -31,10 +37,12 @@ _TENSOR_TYPES: dict[str, np.dtype[Any]] = {"tensor(float)": np.dtype(np.float32)
 class OnnxEngine:
     """policy.onnx on the CPU: what `inputs` holds is its one observation step."""
 
-    def __init__(self, path: Path, manifest: Manifest, threads: int = 1) -> None:
+    def __init__(
+        self, path: Path, manifest: Manifest, threads: int = 1, providers: Sequence[Provider] = ON_CPU
+    ) -> None:
         shape = (manifest.chunk_size, len(manifest.joints))
         expected = manifest.input_shapes()
-        session = open_session(path, threads)
+        session = open_session(path, threads, providers)
         check_signature(path, session, expected, {ACTION: (shape, np.dtype(np.float32))})
         self._path = path
         self._held: Hashable = object()  # the key of what `inputs` holds; nobody's at first
@@ -91,8 +99,9 @@ def zeros(signature: Signature) -> dict[str, Array]:
     return {name: np.zeros(shape, dtype) for name, (shape, dtype) in signature.items()}
 
 
-def open_session(path: Path, threads: int) -> Any:
-    """An onnxruntime session on the CPU. Raises EngineError for a file that is no network."""
+def open_session(path: Path, threads: int, providers: Sequence[Provider] = ON_CPU) -> Any:
+    """An onnxruntime session. Raises EngineError for a file that is no network, and where `providers` begin with one
+    that onnxruntime has not got here (left to itself it would go on with the next one and only warn)."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -100,10 +109,14 @@ def open_session(path: Path, threads: int) -> Any:
     options.log_severity_level = 3
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(str(path), options, providers=list(providers))
     except Exception as error:  # onnxruntime's exceptions share no base but Exception
         reason = str(error).strip().splitlines()[0]
         raise EngineError(f"{path} cannot be loaded: {reason}; export or download the bundle again") from error
+    wanted = providers[0] if isinstance(providers[0], str) else providers[0][0]
+    if session.get_providers()[0] != wanted:
+        raise EngineError(f"onnxruntime could not start {wanted} here; its message says which library it lacks")
+    return session
 
 
 def check_signature(path: Path, session: Any, inputs: Signature, outputs: Signature) -> None:

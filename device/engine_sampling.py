@@ -17,7 +17,17 @@ import numpy as np
 from device.arrays import Array
 from device.bundle import ACTION, DENOISE, ENCODER, Bundle, Manifest, SamplerTable
 from device.engine import EngineError
-from device.engine_onnx import NOT_FINITE, BoundGraph, Signature, check_signature, open_session, signature, zeros
+from device.engine_onnx import (
+    NOT_FINITE,
+    ON_CPU,
+    BoundGraph,
+    Provider,
+    Signature,
+    check_signature,
+    open_session,
+    signature,
+    zeros,
+)
 from device.sampling import ENCODINGS_PER_STEP, NoiseSource, RecentKeys
 
 FEATURES = "features"
@@ -27,13 +37,15 @@ _FLOAT = np.dtype(np.float32)
 class SamplingEngine:
     """Both graphs of one bundle on the CPU. `seed` of the noise; None: the operating system's entropy."""
 
-    def __init__(self, bundle: Bundle, threads: int = 1, seed: int | None = None) -> None:
+    def __init__(
+        self, bundle: Bundle, threads: int = 1, seed: int | None = None, providers: Sequence[Provider] = ON_CPU
+    ) -> None:
         manifest, table = bundle.manifest, bundle.sampler_table()
         self._path = bundle.path
         self._steps = manifest.observation_steps
         self._noise = NoiseSource(bundle.path, manifest, table, seed)
-        self._encoder = _Encoder(bundle.path / ENCODER, manifest, threads)
-        self._denoiser = _Denoiser(bundle.path / DENOISE, manifest, table, self._encoder.size, threads)
+        self._encoder = _Encoder(bundle.path / ENCODER, manifest, threads, providers)
+        self._denoiser = _Denoiser(bundle.path / DENOISE, manifest, table, self._encoder.size, threads, providers)
         self._keys = RecentKeys(ENCODINGS_PER_STEP * self._steps)
         self._encodings: Array = np.zeros((ENCODINGS_PER_STEP * self._steps, self._encoder.size), np.float32)
         self.inputs = self._encoder.inputs
@@ -89,8 +101,8 @@ class SamplingEngine:
 class _Encoder:
     """encoder.onnx: `inputs` to `features`, float32 [size]."""
 
-    def __init__(self, path: Path, manifest: Manifest, threads: int) -> None:
-        session = open_session(path, threads)
+    def __init__(self, path: Path, manifest: Manifest, threads: int, providers: Sequence[Provider]) -> None:
+        session = open_session(path, threads, providers)
         shape, dtype = signature(session.get_outputs()).get(FEATURES, ((), None))
         if len(shape) != 1 or not isinstance(shape[0], int) or dtype != _FLOAT:
             raise EngineError(f"{path} does not give {FEATURES} float32 [F] of a fixed length; export the policy again")
@@ -104,8 +116,16 @@ class _Encoder:
 class _Denoiser:
     """denoise.onnx and its rows. `condition`: float32 [T, F], to be filled in place, oldest step first."""
 
-    def __init__(self, path: Path, manifest: Manifest, table: SamplerTable, features: int, threads: int) -> None:
-        session = open_session(path, threads)
+    def __init__(
+        self,
+        path: Path,
+        manifest: Manifest,
+        table: SamplerTable,
+        features: int,
+        threads: int,
+        providers: Sequence[Provider],
+    ) -> None:
+        session = open_session(path, threads, providers)
         inputs, outputs = denoise_signature(manifest, table, features)
         check_signature(path, session, inputs, outputs)
         arrays = zeros(inputs)

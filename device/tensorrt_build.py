@@ -1,10 +1,10 @@
 """Builds TensorRT engines from a bundle's graphs, on the machine that will run them.
 
 `understudy bundle build` and the update flow call `build_bundle` when a policy is installed, never in a control path:
-a build takes minutes. Networks are strongly typed (what a graph computes in half precision is written in the graph, which
-TensorRT 10 and 11 both honour), shapes are static, auxiliary streams are off, so that an engine can be captured in a
-CUDA graph, and TF32 is off, so that float32 means float32. The device's timing cache is read before a build and joined
-with what the build measured after it. A graph that TensorRT cannot take is an EngineError that names the node.
+a build takes minutes. Networks are strongly typed (what a graph computes in half precision is written in the graph,
+which TensorRT 10 and 11 both honour), shapes are static, auxiliary streams are off, so that an engine can be captured
+in a CUDA graph, and TF32 is off, so that float32 means float32. The device's timing cache is read before a build, and
+kept with what the build added to it. A graph that TensorRT cannot take is an EngineError that names the node.
 """
 
 from __future__ import annotations
@@ -144,16 +144,17 @@ def build_plan(
     config.clear_flag(trt.BuilderFlag.TF32)
     if progress is not None:
         config.progress_monitor = monitor = _monitor(trt, progress)
-    cache = config.create_timing_cache(timing)
-    if not config.set_timing_cache(cache, False):  # made by another TensorRT: begun anew
-        cache = config.create_timing_cache(b"")
-        config.set_timing_cache(cache, False)
+    known = config.create_timing_cache(timing)
+    if not config.set_timing_cache(known, False):  # of another TensorRT, or damaged: begun anew
+        known = config.create_timing_cache(b"")
+        config.set_timing_cache(known, False)
     plan = builder.build_serialized_network(network, config)
     if progress is not None and monitor.interrupted:
         raise KeyboardInterrupt
     if plan is None:
         raise EngineError(f"TensorRT could not build an engine of {where}: {messages.last_error or 'no reason given'}")
-    return bytes(plan), bytes(config.get_timing_cache().serialize())
+    measured = config.get_timing_cache()
+    return bytes(plan), bytes(measured.serialize())
 
 
 def _first(errors: Sequence[Any]) -> str:
