@@ -34,6 +34,7 @@ from device.manifest import (
     Sampler,
     parse_manifest,
 )
+from device.messages import TOPICS
 from device.sampler_table import COEFFICIENTS, SamplerTable, read_sampler_table
 
 if TYPE_CHECKING:
@@ -77,6 +78,8 @@ FILES_OF_FAMILY = {
     "cloning": (POLICY, GOLDEN),
     "diffusion": (ENCODER, DENOISE, SAMPLER, GOLDEN),
 }
+# Slots that a reader should not count on: the newest frame, the one that is being written, one that comes meanwhile.
+_FRAMES_IN_FLIGHT = 3
 
 
 class Bundle:
@@ -203,13 +206,18 @@ def _check_cameras(path: Path, manifest: Manifest, cameras: Mapping[str, CameraC
 
 
 def _check_history(path: Path, manifest: Manifest, cell: LoadedCell) -> None:
-    """A policy of several observation steps sees frames that are one action period apart."""
-    if manifest.observation_steps == 1:
-        return
-    for camera in manifest.cameras:
-        fps, rate = cell.cell.cameras[camera.name].fps, manifest.action_rate_hz
+    """A policy of several observation steps sees frames that are one action period apart, from the topics' history."""
+    back, rate = manifest.observation_steps - 1, manifest.action_rate_hz
+    for name in [camera.name for camera in manifest.cameras] if back else []:
+        fps = cell.cell.cameras[name].fps
         if fps < rate:
             raise BundleError(
-                f"{path}: the policy looks at {manifest.observation_steps} steps at {rate:g} Hz, but {cell.path} takes "
-                f"{fps:g} frames/s of camera {camera.name!r}; set cameras.{camera.name}.fps to {rate:g} or more"
+                f"{path}: the policy looks at {back + 1} steps at {rate:g} Hz, but {cell.path} takes {fps:g} frames/s "
+                f"of camera {name!r}; set cameras.{name}.fps to {rate:g} or more"
+            )
+        held = (TOPICS["frames/*"].slots - _FRAMES_IN_FLIGHT) / fps
+        if back / rate > held:
+            raise BundleError(
+                f"{path}: the policy looks back {back / rate:.2g} s, but at {fps:g} frames/s of camera {name!r} "
+                f"{held:.2g} s are held; lower cameras.{name}.fps of {cell.path} (the policy acts at {rate:g} Hz)"
             )

@@ -23,6 +23,7 @@ from device.engine import Engine, open_engine
 from device.ensemble import ChunkEnsemble
 from device.execute import ensemble_for
 from device.messages import goals_dtype, joints_dtype
+from device.sampling import draw_noise
 from device.virtual_camera import JPEG_QUALITY
 from device.virtual_cell import TIMESTEP_S, LockstepCell
 from firmware_bridge.bus import ServoState
@@ -48,6 +49,15 @@ class LockstepEpisode:
     fault: str | None
 
 
+@dataclass(frozen=True)
+class _Look:
+    """What all cameras saw, and where the joints were."""
+
+    t_ns: int
+    jpegs: dict[str, bytes]  # by the policy's inputs
+    position: Floats
+
+
 class LockstepPolicy:
     """A bundle's engine, with the time that an inference is made to take. `jitter`: its spread, by seed."""
 
@@ -56,15 +66,54 @@ class LockstepPolicy:
         self.engine: Engine = open_engine(bundle, threads)
         self._inference_ns = inference_ns
         self._jitter = jitter
+        self._period_ns = round(1e9 / bundle.manifest.action_rate_hz)
+        self._episodes = 0
+        self._looks: deque[_Look] = deque()  # oldest first
+        self._noise = np.random.default_rng()
 
-    def chunk(self, world: Any, position: Floats) -> NDArray[np.float32]:
-        """Look with all cameras, through JPEG as in the real cell, and infer. Returns a copy, [K, J]."""
-        for camera in self.bundle.manifest.cameras:
-            picture = world.render(camera.name)
-            jpeg = simplejpeg.encode_jpeg(picture, quality=JPEG_QUALITY, colorspace="RGB")
-            simplejpeg.decode_jpeg(jpeg, colorspace="RGB", buffer=self.engine.inputs[camera.input])
-        self.engine.inputs[STATE][...] = position
-        return np.array(self.engine.infer(), np.float32)
+    def begin(self, seed: int) -> None:
+        """Forget what was seen; from here on `seed` alone decides what a policy that samples draws."""
+        self._episodes += 1
+        self._looks.clear()
+        self._noise = np.random.default_rng([seed, 11])
+
+    def look(self, t_ns: int, world: Any, position: Floats) -> None:
+        """Take a frame with every camera, as JPEG as in the real cell, with the joints' positions at that time."""
+        jpegs = {
+            camera.input: simplejpeg.encode_jpeg(world.render(camera.name), quality=JPEG_QUALITY, colorspace="RGB")
+            for camera in self.bundle.manifest.cameras
+        }
+        self._looks.append(_Look(t_ns, jpegs, np.array(position)))
+        while self._looks[0].t_ns < t_ns - self.bundle.manifest.observation_steps * self._period_ns:
+            self._looks.popleft()
+
+    def chunk(self) -> tuple[int, NDArray[np.float32]] | None:
+        """Infer on the newest look and those of the steps before it, as `predict` chooses them.
+
+        Returns its time and a copy of the actions, [K, J]; None while there are no looks from that long ago.
+        """
+        steps = self._steps()
+        if steps is None:
+            return None
+        keys = [(self._episodes, look.t_ns) for look in steps]
+        for key, look in zip(keys, steps, strict=True):
+            if not self.engine.knows(key):
+                for name, jpeg in look.jpegs.items():
+                    simplejpeg.decode_jpeg(jpeg, colorspace="RGB", buffer=self.engine.inputs[name])
+                self.engine.inputs[STATE][...] = look.position
+                self.engine.observe(key)
+        noise = draw_noise(self.bundle.manifest, self._noise)
+        return steps[-1].t_ns, np.array(self.engine.infer(keys, **noise), np.float32)
+
+    def _steps(self) -> list[_Look] | None:
+        newest, steps = self._looks[-1], []
+        for back in range(self.bundle.manifest.observation_steps - 1, -1, -1):
+            then_ns = newest.t_ns - back * self._period_ns
+            nearest = min(self._looks, key=lambda look: abs(look.t_ns - then_ns))
+            if 2 * abs(nearest.t_ns - then_ns) > self._period_ns:
+                return None
+            steps.append(nearest)
+        return steps
 
     def takes_ns(self, rng: np.random.Generator) -> int:
         return round(self._inference_ns * (1.0 + self._jitter * rng.uniform(-1.0, 1.0)))
@@ -81,6 +130,7 @@ class _Episode:
         self._policy = policy
         self._seed = seed
         self._lockstep = LockstepCell(cell, seed)
+        policy.begin(seed)
         self._rng = np.random.default_rng([seed, 7])
         self._ensemble: ChunkEnsemble = ensemble_for(cell, policy.bundle)
         self._controller = Controller(cell, self._ensemble)
@@ -94,6 +144,9 @@ class _Episode:
         fps = min((cell.cell.cameras[camera.name].fps for camera in manifest.cameras), default=30.0)
         self._frame_ns = round(1e9 / fps)
         self._next_frame_ns = 0
+        # A frame that nobody will look at need not be drawn; a policy of several steps looks at them later.
+        self._looks_back = manifest.observation_steps > 1
+        self._unused = False  # a look that no inference has begun with
 
     def run(self, time_limit_s: float) -> LockstepEpisode:
         period_ns = round(1e9 / self._cell.cell.control.rate_hz)
@@ -126,15 +179,22 @@ class _Episode:
         while round(bank.time_s * 1e9) + _STEP_NS <= t_ns:
             self._lockstep.step()
             now_ns = round(bank.time_s * 1e9)
-            if now_ns >= max(self._next_frame_ns, self._engine_free_ns):
-                self._look(now_ns)
+            free = now_ns >= self._engine_free_ns
+            if now_ns >= self._next_frame_ns and (free or self._looks_back):
+                self._read(now_ns)
+                self._policy.look(now_ns, self._lockstep.world, self._reading["position"])
                 self._next_frame_ns = (now_ns // self._frame_ns + 1) * self._frame_ns
+                self._unused = True
+            if free and self._unused:
+                self._infer(now_ns)
 
-    def _look(self, now_ns: int) -> None:
-        self._read(now_ns)
-        actions = self._policy.chunk(self._lockstep.world, self._reading["position"])
-        self._engine_free_ns = now_ns + self._policy.takes_ns(self._rng)
-        self._pending.append((self._engine_free_ns + CAPTURE_NS, now_ns, actions))
+    def _infer(self, now_ns: int) -> None:
+        self._unused = False
+        chunk = self._policy.chunk()
+        if chunk is not None:
+            observed_ns, actions = chunk
+            self._engine_free_ns = now_ns + self._policy.takes_ns(self._rng)
+            self._pending.append((self._engine_free_ns + CAPTURE_NS, observed_ns, actions))
 
     def _tick(self, t_ns: int) -> None:
         self._read(t_ns)

@@ -18,6 +18,9 @@ from device.bundle import Bundle
 from device.config import VIRTUAL_CELL, LoadedCell, load_cell
 from device.errors import BundleError
 from fixtures.tiny_bundle import JOINTS, document, expected, observed, write_tiny_bundle
+from fixtures.tiny_diffusion import sampler
+
+FIDELITY = document()["fidelity"]
 
 
 @pytest.fixture
@@ -112,6 +115,12 @@ def test_a_newer_schema_says_what_to_update(bundle: Bundle) -> None:
         ({"two_state_joints": ["claw"]}, "two_state_joints names 'claw'"),
         ({"action_rate_hz": -1}, "action_rate_hz"),
         ({"files": {}}, "lists no policy.onnx"),
+        ({"family": "flow"}, "family 'flow'; this device runs act, diffusion, cloning: update the device software"),
+        ({"family": "diffusion"}, "sampler: is missing"),
+        ({"observation_steps": 2}, "observation_steps: a policy of family act looks at one step"),
+        ({"sampler": sampler()}, "sampler: a policy of family act answers at once"),
+        ({"fidelity": FIDELITY | {"joint_errors": [0.1]}}, "joint_errors has 1 for 6 joints"),
+        ({"fidelity": FIDELITY | {"precision": "fp8"}}, "fidelity.precision"),
     ],
 )
 def test_a_manifest_that_says_something_odd_is_refused(bundle: Bundle, changes: dict[str, Any], says: str) -> None:

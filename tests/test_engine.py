@@ -15,8 +15,10 @@ from rich.console import Console
 from device import cli
 from device.arrays import dump_arrays, load_arrays
 from device.bundle import Bundle
-from device.engine import EngineError, describe, open_engine, run_observation
+from device.bundle_table import describe
+from device.engine import EngineError, infer_observation, open_engine
 from device.errors import BundleError
+from device.observation_file import run_observation
 from fixtures.tiny_bundle import FRONT, STATE, expected, network, observed, write_tiny_bundle
 
 
@@ -81,10 +83,27 @@ def test_a_network_that_is_not_the_manifests_is_refused(tmp_path: Path) -> None:
         open_engine(other)
 
 
-def test_a_family_that_this_device_cannot_run_is_named(tmp_path: Path) -> None:
-    other = write_tiny_bundle(tmp_path / "other", family="flow")
-    with pytest.raises(EngineError, match="family 'flow'; this device runs act"):
-        open_engine(other)
+def test_behaviour_cloning_is_one_graph_too(tmp_path: Path) -> None:
+    bundle = write_tiny_bundle(tmp_path / "cloning", family="cloning")
+    engine = open_engine(bundle)
+    np.testing.assert_allclose(infer_observation(engine, bundle.manifest, observed()), expected(observed()))
+
+
+def test_a_key_is_what_the_inputs_were_called_last(bundle: Bundle) -> None:
+    engine = open_engine(bundle)
+    assert not engine.knows(1)
+    engine.observe(1)
+    assert engine.knows(1)
+    engine.infer([1])
+    engine.observe(2)
+    assert not engine.knows(1)
+    with pytest.raises(EngineError, match=r"another step than \[1\]; observe that one first"):
+        engine.infer([1])
+
+
+def test_a_policy_that_does_not_sample_takes_no_noise(bundle: Bundle) -> None:
+    with pytest.raises(EngineError, match="does not sample"):
+        open_engine(bundle).infer(noise=np.zeros((4, 6), np.float32))
 
 
 def test_an_observation_file_becomes_a_chunk_file(bundle: Bundle, tmp_path: Path) -> None:
@@ -106,6 +125,8 @@ def test_each_way_to_get_an_observation_wrong_has_its_sentence(bundle: Bundle, t
     assert f"{STATE} should be float32 [6], found float64 [6]" in refusal_of(tmp_path, **wide)
     batched = {STATE: state, FRONT: frame[None]}
     assert f"{FRONT} should be uint8 [96, 96, 3], found uint8 [1, 96, 96, 3]" in refusal_of(tmp_path, **batched)
+    noisy = {STATE: state, FRONT: frame, "noise": np.zeros((4, 6), np.float32)}
+    assert "noise is nothing that the policy takes" in refusal_of(tmp_path, **noisy)
     unknown = {STATE: np.full(6, np.nan, np.float32), FRONT: frame}
     assert f"{STATE} holds NaN or infinity" in refusal_of(tmp_path, **unknown)
 
