@@ -14,6 +14,7 @@ pytest.importorskip("onnx", reason="the bundles of these tests are written with 
 
 import onnx
 
+from device.bundle import Bundle
 from device.config import VIRTUAL_CELL, LoadedCell, load_cell
 from device.errors import BundleError
 from device.messages import TOPICS, frames_dtype, joints_dtype
@@ -54,13 +55,16 @@ class Scene:
             record["t_ns"], record["position"], record["valid"] = t_ns, position, 1
 
 
-@pytest.fixture
-def scene(tmp_path: Path) -> Iterator[Scene]:
-    bundle = write_tiny_bundle(tmp_path / "tiny")
+def cell_with(bundle: Bundle, tmp_path: Path) -> LoadedCell:
     text = VIRTUAL_CELL.read_text().replace('bundle = "bundle"', f'bundle = "{bundle.path}"')
     text = text.replace('"calibration.json"', f'"{VIRTUAL_CELL.parent / "calibration.json"}"')
     (tmp_path / "cell.toml").write_text(text)
-    scene = Scene(load_cell(tmp_path / "cell.toml"), tmp_path / "run")
+    return load_cell(tmp_path / "cell.toml")
+
+
+@pytest.fixture
+def scene(tmp_path: Path) -> Iterator[Scene]:
+    scene = Scene(cell_with(write_tiny_bundle(tmp_path / "tiny"), tmp_path), tmp_path / "run")
     yield scene
     scene.close()
 
@@ -113,6 +117,15 @@ def test_a_frame_that_is_no_observation_leads_to_no_chunk(
     assert scene.predict.step(), "and it goes on with the next good one"
 
 
+def test_a_frame_that_is_no_observation_is_looked_at_once(scene: Scene) -> None:
+    scene.frame(time.monotonic_ns(), jpeg=b"\xff\xd8 this is no picture")
+    scene.position(time.monotonic_ns() + 5000 * MS, 0.0)
+    assert not scene.predict.step(0.05)
+    assert "no JPEG" in str(scene.predict._cameras.trouble)
+    assert not scene.predict.step(0.05)
+    assert "no new frame" in str(scene.predict._cameras.trouble)
+
+
 def test_without_joints_at_the_frames_time_there_is_no_chunk(scene: Scene) -> None:
     scene.frame(time.monotonic_ns())
     assert not scene.predict.step(0.05)
@@ -132,8 +145,11 @@ def test_an_engine_that_computes_something_else_is_refused(tmp_path: Path) -> No
     model = onnx.load_from_string(network())
     model.graph.initializer[1].CopyFrom(onnx.numpy_helper.from_array(np.full((4, 1), 9.0, np.float32), "steps"))
     bundle = write_tiny_bundle(tmp_path / "tiny", model=model.SerializeToString())
-    text = VIRTUAL_CELL.read_text().replace('bundle = "bundle"', f'bundle = "{bundle.path}"')
-    text = text.replace('"calibration.json"', f'"{VIRTUAL_CELL.parent / "calibration.json"}"')
-    (tmp_path / "cell.toml").write_text(text)
     with pytest.raises(BundleError, match="differs from the reference"):
-        Predict(load_cell(tmp_path / "cell.toml"), tmp_path / "run")
+        Predict(cell_with(bundle, tmp_path), tmp_path / "run")
+
+
+def test_a_policy_without_cameras_has_nothing_that_sets_its_time(tmp_path: Path) -> None:
+    bundle = write_tiny_bundle(tmp_path / "tiny", cameras=[])
+    with pytest.raises(BundleError, match="has no camera, whose frames"):
+        Predict(cell_with(bundle, tmp_path), tmp_path / "run")
