@@ -17,6 +17,8 @@ def describe(manifest: Manifest) -> Table:
     hand_over: str = manifest.handoff.method
     if manifest.handoff.m is not None:
         hand_over += f" (m = {manifest.handoff.m:g})"
+    if manifest.handoff.advance is not None:
+        hand_over += f", a chunk every {manifest.handoff.advance} actions"
     source, fidelity = manifest.provenance, manifest.fidelity
     chunk_s = manifest.chunk_size / manifest.action_rate_hz
     rows = [

@@ -101,6 +101,7 @@ class PolicyConfig(_Strict):
 
     bundle: Path | None = None
     handoff: Literal["ensemble", "crossfade", "latest"] | None = None  # default: what the bundle recommends
+    advance: Annotated[int, Field(gt=0)] | None = None  # actions from chunk to chunk; default: as the bundle recommends
     staleness_s: Annotated[float, Field(gt=0, le=5)] = (
         0.5  # the newest chunk's observation is older: decelerate and hold
     )

@@ -51,6 +51,7 @@ class Options:
     episodes: int
     seed: int
     handoff: str | None
+    advance: int | None  # actions from one chunk to the next
     inference_delay_ms: float
     report: Path
     bundle: Path | None
@@ -122,7 +123,9 @@ def _cell_of(options: Options) -> Iterator[tuple[LoadedCell, Path]]:
     folder = tempfile.mkdtemp(prefix="understudy-demo-", dir=shm if shm.is_dir() else None)
     try:
         bundle = options.bundle or VIRTUAL_CELL.parent / "bundle"
-        policy = f'bundle = "{bundle.resolve()}"' + (f'\nhandoff = "{options.handoff}"' if options.handoff else "")
+        overrides = {"bundle": bundle.resolve(), "handoff": options.handoff}
+        policy = "\n".join(f'{key} = "{value}"' for key, value in overrides.items() if value is not None)
+        policy += "" if options.advance is None else f"\nadvance = {options.advance}"
         text = VIRTUAL_CELL.read_text(encoding="utf-8")
         for old, new in (
             ('bundle = "bundle"', policy),

@@ -23,6 +23,7 @@ from device.engine import Engine, open_engine
 from device.ensemble import ChunkEnsemble
 from device.execute import ensemble_for
 from device.messages import goals_dtype, joints_dtype
+from device.predict import advance_ns
 from device.sampling import draw_noise
 from device.virtual_camera import JPEG_QUALITY
 from device.virtual_cell import TIMESTEP_S, LockstepCell
@@ -139,8 +140,10 @@ class _Episode:
         self._goals: list[Any] = []
         self._pending: deque[tuple[int, int, NDArray[np.float32]]] = deque()  # known at, observed at, actions
         self._engine_free_ns = 0
+        self._due_ns = 0
         manifest = policy.bundle.manifest
         self._dt_ns = round(1e9 / manifest.action_rate_hz)
+        self._advance_ns = advance_ns(manifest, cell.cell.policy.advance)
         fps = min((cell.cell.cameras[camera.name].fps for camera in manifest.cameras), default=30.0)
         self._frame_ns = round(1e9 / fps)
         self._next_frame_ns = 0
@@ -179,7 +182,7 @@ class _Episode:
         while round(bank.time_s * 1e9) + _STEP_NS <= t_ns:
             self._lockstep.step()
             now_ns = round(bank.time_s * 1e9)
-            free = now_ns >= self._engine_free_ns
+            free = now_ns >= max(self._engine_free_ns, self._due_ns)
             if now_ns >= self._next_frame_ns and (free or self._looks_back):
                 self._read(now_ns)
                 self._policy.look(now_ns, self._lockstep.world, self._reading["position"])
@@ -193,6 +196,7 @@ class _Episode:
         chunk = self._policy.chunk()
         if chunk is not None:
             observed_ns, actions = chunk
+            self._due_ns = observed_ns + self._advance_ns
             self._engine_free_ns = now_ns + self._policy.takes_ns(self._rng)
             self._pending.append((self._engine_free_ns + CAPTURE_NS, observed_ns, actions))
 

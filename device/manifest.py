@@ -56,6 +56,9 @@ class Handoff(_Strict):
 
     method: Literal["ensemble", "crossfade", "latest"]
     m: Annotated[float, Field(allow_inf_nan=False)] | None = None  # ensemble: weights exp(-m * i), i = 0 the oldest
+    advance: Count | None = (
+        None  # actions from one chunk's observation to the next one's; None: as fast as inference is
+    )
 
 
 class Provenance(_Strict):

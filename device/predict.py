@@ -24,6 +24,7 @@ from device.engine import Engine, EngineError, infer_observation, open_engine
 from device.errors import BundleError, ConfigError
 from device.frame_sets import Cameras, FrameSet
 from device.log import Once, event
+from device.manifest import Manifest
 from device.messages import TOPICS, chunks_dtype
 from device.observation_file import check_observation
 from device.topic import TopicReader, TopicWriter, topic_path
@@ -58,6 +59,8 @@ class Predict:
         dtype = chunks_dtype(manifest.chunk_size, len(manifest.joints))
         self._chunks = TopicWriter(topic_path(runtime, "chunks"), dtype, TOPICS["chunks"].slots)
         self._dt_ns = round(1e9 / manifest.action_rate_hz)
+        self._advance_ns = advance_ns(manifest, cell.cell.policy.advance)
+        self._due_ns = 0  # observations from before are let pass: a chunk is followed for a while before the next
         self._policy = bundle.digest.encode()
         self._delay_s = delay_s
         self._chunk_id = 0
@@ -72,6 +75,8 @@ class Predict:
         steps = self._cameras.next(timeout_s)
         if steps is None:
             self._note_trouble(self._cameras.trouble)
+            return False
+        if steps[-1].t_ns < self._due_ns:
             return False
         try:
             encoding_ns = self._observe(steps)
@@ -129,6 +134,7 @@ class Predict:
 
     def _publish(self, observed: FrameSet, actions: np.ndarray[Any, Any], inference_ns: int) -> None:
         self._chunk_id += 1
+        self._due_ns = observed.t_ns + self._advance_ns
         with self._chunks.slot() as record:
             record["t_obs_ns"] = observed.t_ns
             record["t_ns"] = time.monotonic_ns()
@@ -139,6 +145,13 @@ class Predict:
             record["inference_ns"] = inference_ns
             record["policy"] = self._policy
             record["actions"] = actions
+
+
+def advance_ns(manifest: Manifest, chosen: int | None) -> int:
+    """How long after an observation that led to a chunk the next one is due: half a period less than the advance (of
+    the cell, else of the bundle), since frames come when they come. 0 where every observation is."""
+    advance = chosen or manifest.handoff.advance
+    return 0 if advance is None else round((advance - 0.5) * 1e9 / manifest.action_rate_hz)
 
 
 def prove_on_golden(bundle: Bundle, engine: Engine) -> float:

@@ -35,3 +35,12 @@ def test_every_frame_is_encoded_once(tmp_path: Path) -> None:
     engine = policy.engine
     assert isinstance(engine, SamplingEngine)
     assert 15 <= engine.encoded <= 19  # 0.6 s at 30 frames/s, where two for each inference would be 34
+
+
+@pytest.mark.parametrize(("advance", "chunks"), [(None, 17), (4, 5)])
+def test_a_policy_may_follow_each_chunk_for_a_while(tmp_path: Path, advance: int | None, chunks: int) -> None:
+    handoff = {"method": "crossfade", "m": None, "advance": advance}
+    policy = LockstepPolicy(write_tiny_diffusion(tmp_path / "tiny", handoff=handoff), 20_000_000)
+    goals = run_episode(load_cell(VIRTUAL_CELL), policy, 3, SECONDS).goals
+    observed = {int(goal["t_ns"] - goal["chunk_age_ns"]) for goal in goals if goal["chunk_age_ns"] > 0}
+    assert abs(len(observed) - chunks) <= 1

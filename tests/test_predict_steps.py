@@ -19,7 +19,7 @@ from device.engine_sampling import SamplingEngine
 from device.errors import BundleError
 from device.frame_sets import Cameras
 from device.messages import TOPICS, frames_dtype, joints_dtype
-from device.predict import Predict
+from device.predict import Predict, advance_ns
 from device.topic import TopicReader, TopicWriter, topic_path
 from fixtures.recipe import Array
 from fixtures.tiny_bundle import document
@@ -54,6 +54,7 @@ class Scene:
         )
         runtime = folder / "run"
         cell = cell_with(bundle, folder)
+        self.bundle = bundle
         self.frames = frames_writer(cell, runtime, "front")
         self.joints = TopicWriter(topic_path(runtime, "joints"), joints_dtype(6), TOPICS["joints"].slots)
         self.predict = Predict(cell, runtime)
@@ -187,6 +188,18 @@ def test_an_earlier_frame_that_is_no_picture_leads_to_no_chunk(scene: Scene) -> 
     scene.frame(now + PERIOD_NS, red=200)
     assert scene.predict.step()
     np.testing.assert_allclose(actions_of(scene), scene.expected(now, now + PERIOD_NS), atol=1e-3)
+
+
+def test_a_chunk_is_followed_for_its_advance_before_the_next_is_inferred(scene: Scene) -> None:
+    scene.predict._advance_ns = advance_ns(scene.bundle.manifest, 3)
+    first = time.monotonic_ns() - PERIOD_NS
+    chunks = []
+    for frame in range(8):
+        scene.frame(first + (frame - 1) * PERIOD_NS, red=20 * frame)
+        if frame and scene.predict.step(0.05):
+            chunks.append(frame)
+    assert chunks == [1, 4, 7]
+    assert scene.predict._cameras.trouble is None
 
 
 def test_before_the_joints_there_is_no_observation(scene: Scene) -> None:
