@@ -11,6 +11,7 @@ from pathlib import Path
 
 from export.act.read import read_act
 from export.checkpoint import Checkpoint, Told
+from export.diffusion.lerobot import read_diffusion
 from export.errors import ExportError
 from export.policy import Policy
 from export.readers.lerobot import read_checkpoint
@@ -19,6 +20,7 @@ from export.sampling import Sampling
 # `type` of the checkpoint's configuration -> what understands it.
 FAMILIES: dict[str, Callable[[Checkpoint, Sampling], Policy]] = {
     "act": lambda checkpoint, _: read_act(checkpoint),
+    "diffusion": read_diffusion,
 }
 
 

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import torch
 
-from device.bundle import ACTION, ENVIRONMENT_STATE, STATE
 from export.act.network import FIRST_DECODER_ROW, first_decoder_row
 from export.act.policy import ActPolicy
 from export.act.weights import TRAINING_ONLY, ActConfig, expected_weights
-from export.checkpoint import Checkpoint, Feature, check_weights, integer
+from export.checkpoint import Checkpoint, check_weights, integer
 from export.errors import ExportError
+from export.features import declared
 from export.networks import resnet
 
 PREFIX = "model."  # of every published tensor name
@@ -55,16 +55,12 @@ def read_config(checkpoint: Checkpoint) -> ActConfig:
     where, found = checkpoint.config_path, checkpoint.config
     if unknown := sorted(set(found) - READ_KEYS - OTHER_KEYS):
         checkpoint.warnings.append(f"{where}: ignored {', '.join(unknown)}, which no known ACT reads")
-    state, environment, images = _inputs(checkpoint)
-    actions = [feature for feature in checkpoint.outputs if feature.name == ACTION and len(feature.shape) == 1]
-    if len(checkpoint.outputs) != 1 or not actions:
-        names = ", ".join(feature.name for feature in checkpoint.outputs)
-        raise ExportError(f"{where}: output_features should be one vector named {ACTION!r}, found {names}")
+    features = declared(checkpoint, "ACT")
     config = ActConfig(
-        state_size=state.shape[0],
-        environment_state=environment.shape[0] if environment else None,
-        images=tuple((image.name, image.shape[1], image.shape[2]) for image in images),
-        action_size=actions[0].shape[0],
+        state_size=features.state_size,
+        environment_state=features.environment_state,
+        images=features.images,
+        action_size=features.action_size,
         chunk_size=integer(checkpoint, "chunk_size"),
         backbone=str(found.get("vision_backbone", "")),
         dilate=bool(found.get("replace_final_stride_with_dilation", False)),
@@ -82,29 +78,6 @@ def read_config(checkpoint: Checkpoint) -> ActConfig:
     )
     _refuse_unsupported(checkpoint, config)
     return config
-
-
-def _inputs(checkpoint: Checkpoint) -> tuple[Feature, Feature | None, list[Feature]]:
-    where = f"{checkpoint.config_path}: input_features"
-    state: Feature | None = None
-    environment: Feature | None = None
-    images: list[Feature] = []
-    for feature in checkpoint.inputs:
-        if feature.kind == "VISUAL":
-            if feature.shape[0] != 3:
-                raise ExportError(f"{where}: {feature.name} has {feature.shape[0]} channels; only RGB is supported")
-            images.append(feature)
-        elif feature.name == STATE and len(feature.shape) == 1:
-            state = feature
-        elif feature.name == ENVIRONMENT_STATE and len(feature.shape) == 1:
-            environment = feature
-        else:
-            raise ExportError(f"{where}: {feature.name} ({feature.kind} {list(feature.shape)}) is not supported by ACT")
-    if state is None:
-        raise ExportError(f"{where}: {STATE} is missing; LeRobot's ACT cannot run without it either")
-    if not images and environment is None:
-        raise ExportError(f"{where}: neither a camera nor {ENVIRONMENT_STATE}; ACT needs one of them")
-    return state, environment, images
 
 
 def _refuse_unsupported(checkpoint: Checkpoint, config: ActConfig) -> None:

@@ -154,7 +154,10 @@ class GraphOperations:
         one, zero = (self._constant(f"groups.{groups}.{value:g}", np.full(groups, value)) for value in (1.0, 0.0))
         grouped = self.reshape(x, 0, groups, -1)
         normal = self._node("InstanceNormalization", [grouped, one, zero], name=name, epsilon=EPS)
-        normal = self._node("Reshape", [normal, self._node("Shape", [x])])
+        if dimensions == 1:
+            normal = self.reshape(normal, 0, len(self._weights[f"{name}.bias"]), -1)
+        else:
+            normal = self._node("Reshape", [normal, self._node("Shape", [x])])
         gain, shift = (
             self._constant(f"{name}.{part}.column", weight.detach().numpy().reshape(-1, *[1] * dimensions))
             for part, weight in ((part, self._weights[f"{name}.{part}"]) for part in ("weight", "bias"))

@@ -83,33 +83,33 @@ class Operations(Protocol[T]):
 
 
 class TorchOperations:
-    """Computes with PyTorch, in float32 on the CPU. `inputs` are raw observations by the policy's names."""
+    """Computes with PyTorch, in float32 where the weights are. `inputs` are raw observations by the policy's names."""
 
     def __init__(self, weights: Mapping[str, torch.Tensor], inputs: Mapping[str, Array]) -> None:
         self._weights = weights
         self._inputs = inputs
+        self._device = next((tensor.device for tensor in weights.values()), torch.device("cpu"))
 
     def vector(self, name: str, normalizer: Normalizer) -> torch.Tensor:
-        raw = torch.from_numpy(np.ascontiguousarray(self._inputs[name]))[None]
-        return (raw - _tensor(normalizer.offset)) / _tensor(normalizer.scale)
+        return (self.given(name)[None] - self._float(normalizer.offset)) / self._float(normalizer.scale)
 
     def frames(self, names: Sequence[str], normalizers: Sequence[Normalizer]) -> torch.Tensor:
-        raw = torch.stack([torch.from_numpy(np.ascontiguousarray(self._inputs[name])) for name in names])
-        offset = torch.stack([_tensor(normalizer.offset) for normalizer in normalizers])[..., None, None]
-        scale = torch.stack([_tensor(normalizer.scale) for normalizer in normalizers])[..., None, None]
+        raw = torch.stack([self.given(name) for name in names])
+        offset = torch.stack([self._float(normalizer.offset) for normalizer in normalizers])[..., None, None]
+        scale = torch.stack([self._float(normalizer.scale) for normalizer in normalizers])[..., None, None]
         return (raw.permute(0, 3, 1, 2).float() / 255 - offset) / scale
 
     def weight(self, name: str) -> torch.Tensor:
         return self._weights[name]
 
     def constant(self, name: str, value: Array) -> torch.Tensor:
-        return torch.from_numpy(value)
+        return torch.from_numpy(value).to(self._device)
 
     def add(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return a + b
 
     def given(self, name: str) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(self._inputs[name]))
+        return torch.from_numpy(np.ascontiguousarray(self._inputs[name])).to(self._device)
 
     def mul(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return a * b
@@ -177,8 +177,7 @@ class TorchOperations:
         return (scores.softmax(-1) @ split_v).transpose(0, 1).reshape(-1, width)
 
     def unnormalize(self, x: torch.Tensor, normalizer: Normalizer) -> torch.Tensor:
-        return x * _tensor(normalizer.scale) + _tensor(normalizer.offset)
+        return x * self._float(normalizer.scale) + self._float(normalizer.offset)
 
-
-def _tensor(values: Array) -> torch.Tensor:
-    return torch.from_numpy(values.astype(np.float32))
+    def _float(self, values: Array) -> torch.Tensor:
+        return torch.from_numpy(values.astype(np.float32)).to(self._device)

@@ -1,0 +1,79 @@
+"""What is done to a picture before a network looks at it: antialiased resizing, then a crop from the middle.
+
+As torchvision.transforms.Resize (bilinear, antialiased) and CenterCrop do on float tensors at inference. ONNX has an
+antialiased Resize since opset 18 only and TensorRT has none, so both are two constant matrices here, rows and columns,
+with the crop already taken out of them: a picture is resized by two matrix products, in float32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+
+from export.errors import ExportError
+from export.networks.operations import Operations
+
+T = TypeVar("T")
+Float64 = np.ndarray[Any, np.dtype[np.float64]]
+
+
+@dataclass(frozen=True)
+class Framing:
+    """Sizes are (height, width) in px; None leaves the picture as it is."""
+
+    resize: tuple[int, int] | None = None
+    crop: tuple[int, int] | None = None
+
+    def size(self, picture: tuple[int, int]) -> tuple[int, int]:
+        """What the network gets of a picture of this size. Raises ExportError where the crop does not fit."""
+        whole = self.resize or picture
+        if self.crop is None:
+            return whole
+        if self.crop[0] > whole[0] or self.crop[1] > whole[1]:
+            raise ExportError(f"a crop of {_said(self.crop)} px does not fit into pictures of {_said(whole)}")
+        return self.crop
+
+
+def frame(ops: Operations[T], framing: Framing, picture: tuple[int, int], x: T) -> T:
+    """Pictures [N, 3, H, W] of the size `picture` to [N, 3, h, w] of `framing.size(picture)`."""
+    whole, size = framing.resize or picture, framing.size(picture)
+    starts = tuple(_first(outer, inner) for outer, inner in zip(whole, size, strict=True))
+    if whole == picture:
+        for axis, start, outer, inner in zip((2, 3), starts, whole, size, strict=True):
+            x = x if inner == outer else ops.slice(x, axis, start, start + inner)
+        return x
+    down, across = (
+        resizing(before, after)[start : start + inner].astype(np.float32)
+        for before, after, start, inner in zip(picture, whole, starts, size, strict=True)
+    )
+    name = f"resize.{_said(picture)}.{_said(whole)}.{_said(size)}"
+    x = ops.product(x, ops.constant(f"{name}.across", np.ascontiguousarray(across.T)))
+    return ops.product(ops.constant(f"{name}.down", down), x)
+
+
+def resizing(before: int, after: int) -> Float64:
+    """[after, before]: the weights of old pixels in every new one, rows that add to 1.
+
+    A triangle as wide as two old or two new pixels, whichever is wider, around the new pixel's centre, cut at the
+    picture's edge (torch.nn.functional.interpolate, bilinear with antialias).
+    """
+    scale = before / after
+    reach = max(scale, 1.0)
+    centres = scale * (np.arange(after) + 0.5)
+    first = np.maximum((centres - reach + 0.5).astype(int), 0)
+    last = np.minimum((centres + reach + 0.5).astype(int), before)
+    pixels = np.arange(before)
+    weights = np.maximum(0, 1 - np.abs(pixels + 0.5 - centres[:, None]) / reach)
+    weights[(pixels < first[:, None]) | (pixels >= last[:, None])] = 0
+    return np.asarray(weights / weights.sum(axis=1, keepdims=True))
+
+
+def _first(outer: int, inner: int) -> int:
+    """Where a crop begins: torchvision rounds half a pixel to the even one."""
+    return round((outer - inner) / 2)
+
+
+def _said(size: tuple[int, int]) -> str:
+    return f"{size[0]}x{size[1]}"
