@@ -26,6 +26,10 @@ ALIGNMENT = 256  # bytes; what cudaMalloc gives, and what TensorRT asks of every
 _LAYOUTS = ("cuda.bindings.runtime", "cuda.cudart")
 
 
+class NotHereError(EngineError):
+    """What this machine has not got: a GPU, its driver, a library. Nothing is broken."""
+
+
 @dataclass(frozen=True)
 class Gpu:
     """What the CUDA runtime says about the first device."""
@@ -34,7 +38,6 @@ class Gpu:
     sm: str  # compute capability, "8.7"
     multiprocessors: int
     driver: int  # CUDA version of the driver, 12060 for 12.6
-    memory_bytes: int
 
 
 @dataclass(frozen=True)
@@ -59,14 +62,14 @@ class Cuda:
 
     @classmethod
     def open(cls) -> Cuda:
-        """Raises EngineError, in one sentence, where there are no bindings, no driver or no device."""
+        """Raises NotHereError where there are no bindings, no driver or no device."""
         runtime = load_bindings()
         try:
             (count,) = _checked(runtime, runtime.cudaGetDeviceCount)
         except RuntimeError as error:  # bindings up to 12.6 raise where there is no libcuda; ours is a RuntimeError too
-            raise EngineError(f"there is no usable NVIDIA GPU here ({error})") from None
+            raise NotHereError(f"there is no usable NVIDIA GPU here ({error})") from None
         if count == 0:
-            raise EngineError("there is no NVIDIA GPU here")
+            raise NotHereError("there is no NVIDIA GPU here")
         return cls(runtime)
 
     @property
@@ -83,7 +86,6 @@ class Cuda:
             sm=f"{properties.major}.{properties.minor}",
             multiprocessors=int(properties.multiProcessorCount),
             driver=int(driver),
-            memory_bytes=int(properties.totalGlobalMem),
         )
 
     def free_bytes(self) -> int:
@@ -161,15 +163,26 @@ class Cuda:
         return _checked(self._runtime, function, *arguments)
 
 
+def gpu_free_bytes() -> int | None:
+    """Free memory of the first device, None where there is none."""
+    try:
+        runtime = load_bindings()
+        return int(_checked(runtime, runtime.cudaMemGetInfo)[0])
+    except RuntimeError:  # an EngineError is one, and so is what old bindings raise without a driver
+        return None
+
+
 def load_bindings() -> Any:
-    """NVIDIA's module of the CUDA runtime, in either layout. Raises EngineError."""
+    """NVIDIA's module of the CUDA runtime, in either layout. Raises NotHereError."""
     reasons: list[str] = []
     for name in _LAYOUTS:
         try:
             return importlib.import_module(name)
         except (ImportError, OSError, RuntimeError) as error:
             reasons.append(str(error))
-    raise EngineError(f"NVIDIA's CUDA bindings are not installed here ({reasons[0]}); pip install 'understudy[jetson]'")
+    raise NotHereError(
+        f"NVIDIA's CUDA bindings are not installed here ({reasons[0]}); pip install 'understudy[jetson]'"
+    )
 
 
 def _checked(runtime: Any, function: Callable[..., Any], *arguments: Any) -> tuple[Any, ...]:

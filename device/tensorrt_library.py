@@ -11,8 +11,7 @@ import importlib
 import logging
 from typing import Any
 
-from device.cuda_runtime import Gpu
-from device.engine import EngineError
+from device.cuda_runtime import Gpu, NotHereError
 from device.engine_cache import Machine, board_name, power_mode
 
 OLDEST = (10, 3)
@@ -21,17 +20,17 @@ logger = logging.getLogger("tensorrt")
 
 
 def load_tensorrt() -> Any:
-    """The module. Raises EngineError where it is not installed, cannot be loaded or is too old."""
+    """The module. Raises NotHereError where it is not installed, cannot be loaded or is too old."""
     try:
         trt = importlib.import_module("tensorrt")
     except (ImportError, OSError, RuntimeError) as error:
-        raise EngineError(
+        raise NotHereError(
             f"TensorRT is not installed here ({error}); on a Jetson it is JetPack's python3-libnvinfer, which a "
             "virtual environment sees with --system-site-packages"
         ) from None
     version = tuple(int(part) for part in trt.__version__.split(".")[:2])
     if version < OLDEST:
-        raise EngineError(
+        raise NotHereError(
             f"TensorRT {trt.__version__} is installed here, and {OLDEST[0]}.{OLDEST[1]} is the oldest that does as "
             "the graphs say; update JetPack to 6.1 or newer"
         )

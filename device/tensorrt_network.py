@@ -25,6 +25,10 @@ Tensors = dict[str, tuple[tuple[int, ...], np.dtype[Any] | None]]
 """Name -> (shape, dtype), the dtype None where it is none that we use."""
 
 
+class NotBuiltError(EngineError):
+    """TensorRT is here, an engine for this bundle is not (any more)."""
+
+
 class Network:
     """An engine with its execution context."""
 
@@ -86,11 +90,11 @@ class TensorRt:
             raise EngineError(f"TensorRT cannot start: {self._messages.last_error or error}") from error
 
     def open(self, graph: str) -> Network:
-        """The engine of one of the bundle's graphs. Raises EngineError."""
+        """The engine of one of the bundle's graphs. Raises NotBuiltError, EngineError."""
         path = self._bundle.path / graph
         plan = self._cache.load(key_of(self._bundle, graph, self._precision, self._machine))
         if plan is None:
-            raise EngineError(
+            raise NotBuiltError(
                 f"{path} has no {self._precision} engine for this machine in {self._cache.folder}; "
                 f"understudy bundle build {self._bundle.path} makes one"
             )
