@@ -45,7 +45,7 @@ class Pictures(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Episode:
     """One demonstration of T frames: `states` [T, S], `actions` [T, A] and, where the recording has one, `environment`
     [T, E], in the units in which they were recorded. `cameras`: the pictures' names and sizes."""
@@ -82,7 +82,7 @@ class Episode:
         return read if len(rows) == len(wanted) and np.array_equal(rows, wanted) else read[places]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Episodes(Sequence[Episode]):
     """A recording: its episodes, all of the same robot. `layout` says what was found at `path`; `rate_hz` is frames and
     actions a second; `cameras` maps input names to sizes. Raises ExportError where the numbers cannot be used."""

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from export.checkpoint import read_json
 from export.episodes.episode import ACTION, ENVIRONMENT, STATE, ImageSize, is_image
 from export.episodes.parquet import as_numbers, inside, read_columns
 from export.errors import ExportError
@@ -62,7 +61,7 @@ class DatasetInfo:
 def read_info(root: Path) -> DatasetInfo:
     """Raises ExportError where the file is damaged, or of a version of the format that is not known."""
     path = root / INFO
-    document = read_json(path)
+    document = _read_document(path)
     version = document.get("codebase_version")
     if version not in (*BY_EPISODE, *BY_FILE):
         known = ", ".join((*BY_EPISODE, *BY_FILE))
@@ -85,6 +84,16 @@ def read_info(root: Path) -> DatasetInfo:
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ExportError(f"{path} should describe fps, features and data_path; it does not: {error!r}") from error
+
+
+def _read_document(path: Path) -> dict[str, Any]:
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ExportError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(document, dict):
+        raise ExportError(f"{path} should hold a JSON object")
+    return document
 
 
 def read_places(info: DatasetInfo) -> list[Place]:

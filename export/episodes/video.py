@@ -107,6 +107,9 @@ class Videos:
     def __init__(self) -> None:
         self._open: OrderedDict[Path, Video] = OrderedDict()
 
+    def __len__(self) -> int:
+        return len(self._open)
+
     def __getitem__(self, path: Path) -> Video:
         if path not in self._open:
             self._open[path] = Video(path)
