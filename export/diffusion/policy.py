@@ -46,6 +46,7 @@ class DiffusionPolicy:
     table: SamplerTable
     weights: dict[str, torch.Tensor]
     normalizers: dict[str, Normalizer]
+    begins: int | None = None  # first_action, where it is not the newest observation's
 
     family: ClassVar[Family] = "diffusion"
     handoff: ClassVar[Handoff] = Handoff(method="crossfade")
@@ -72,8 +73,8 @@ class DiffusionPolicy:
 
     @property
     def first_action(self) -> int:
-        """Index in the horizon of the action that belongs to the newest observation."""
-        return self.observation_steps - 1
+        """Index in the horizon of the chunk's first action, which is meant for the newest observation's time."""
+        return self.observation_steps - 1 if self.begins is None else self.begins
 
     @property
     def sampler(self) -> Sampler:

@@ -1,6 +1,6 @@
-"""What is done to a picture before a network looks at it: antialiased resizing, then a crop from the middle.
+"""What is done to a picture before a network looks at it: resizing, antialiased or not, then a crop from the middle.
 
-As torchvision.transforms.Resize (bilinear, antialiased) and CenterCrop do on float tensors at inference. ONNX has an
+As torchvision.transforms.Resize (bilinear) and CenterCrop do on float tensors at inference. ONNX has an
 antialiased Resize since opset 18 only and TensorRT has none, so both are two constant matrices here, rows and columns,
 with the crop already taken out of them: a picture is resized by two matrix products, in float32.
 """
@@ -25,6 +25,7 @@ class Framing:
 
     resize: tuple[int, int] | None = None
     crop: tuple[int, int] | None = None
+    antialias: bool = True  # False: torchvision before 0.17
 
     def size(self, picture: tuple[int, int]) -> tuple[int, int]:
         """What the network gets of a picture of this size. Raises ExportError where the crop does not fit."""
@@ -45,22 +46,22 @@ def frame(ops: Operations[T], framing: Framing, picture: tuple[int, int], x: T) 
             x = x if inner == outer else ops.slice(x, axis, start, start + inner)
         return x
     down, across = (
-        resizing(before, after)[start : start + inner].astype(np.float32)
+        resizing(before, after, framing.antialias)[start : start + inner].astype(np.float32)
         for before, after, start, inner in zip(picture, whole, starts, size, strict=True)
     )
-    name = f"resize.{_said(picture)}.{_said(whole)}.{_said(size)}"
+    name = f"resize.{_said(picture)}.{_said(whole)}.{_said(size)}{'' if framing.antialias else '.plain'}"
     x = ops.product(x, ops.constant(f"{name}.across", np.ascontiguousarray(across.T)))
     return ops.product(ops.constant(f"{name}.down", down), x)
 
 
-def resizing(before: int, after: int) -> Float64:
+def resizing(before: int, after: int, antialias: bool = True) -> Float64:
     """[after, before]: the weights of old pixels in every new one, rows that add to 1.
 
     A triangle as wide as two old or two new pixels, whichever is wider, around the new pixel's centre, cut at the
-    picture's edge (torch.nn.functional.interpolate, bilinear with antialias).
+    picture's edge (torch.nn.functional.interpolate, bilinear with antialias); always two old pixels without.
     """
     scale = before / after
-    reach = max(scale, 1.0)
+    reach = max(scale, 1.0) if antialias else 1.0
     centres = scale * (np.arange(after) + 0.5)
     first = np.maximum((centres - reach + 0.5).astype(int), 0)
     last = np.minimum((centres + reach + 0.5).astype(int), before)
