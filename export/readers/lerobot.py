@@ -22,6 +22,7 @@ from export.readers import legacy_buffers, processors
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 TRAINING_CONFIG = "train_config.json"
+AVERAGED = "pretrained_model_ema"  # beside pretrained_model, where training kept a moving average of the weights
 NEARBY = ("pretrained_model", "last/pretrained_model", "checkpoints/last/pretrained_model", "..", "../pretrained_model")
 
 
@@ -53,20 +54,33 @@ def read_checkpoint(path: Path, told: Told | None = None) -> Checkpoint:
 
 
 def find_policy(path: Path) -> tuple[Path, list[str]]:
-    """The folder that holds config.json: `path`, or one level off, which the returned warning says."""
+    """The folder that holds config.json: `path`, one level off, or the averaged weights beside it, which the returned
+    warning says. A path of a file means the folder that it is in and no other."""
     if not path.exists():
         raise ExportError(f"{path} does not exist; give the folder that holds {CONFIG} and {WEIGHTS}")
     start = path if path.is_dir() else path.parent
     for candidate in (start, *(start / name for name in NEARBY)):
-        if (candidate / CONFIG).is_file() and (candidate / WEIGHTS).is_file():
+        if _holds_policy(candidate):
             found = candidate if candidate == start else candidate.resolve()
-            return found, [] if found == path else [f"{path} holds no policy itself; using {found}"]
+            warnings = [] if found == path else [f"{path} holds no policy itself; using {found}"]
+            averaged = found.resolve().parent / AVERAGED
+            if path.is_dir() and found.resolve() != averaged and _holds_policy(averaged):
+                warnings.append(
+                    f"using {averaged}, the moving average of the weights in {found}, which tends to act better; to "
+                    f"export the latter, give {found / CONFIG}"
+                )
+                found = averaged
+            return found, warnings
     if (start / CONFIG).is_file():
         raise ExportError(f"{start / WEIGHTS} is missing")
     raise ExportError(
         f"{path} holds no {CONFIG} and {WEIGHTS}, nor does a pretrained_model beside, above or below it; "
         "give the folder <run>/checkpoints/<step>/pretrained_model"
     )
+
+
+def _holds_policy(folder: Path) -> bool:
+    return (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file()
 
 
 def _features(config: Mapping[str, Any], key: str, directory: Path) -> tuple[Feature, ...]:
