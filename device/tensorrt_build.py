@@ -158,8 +158,9 @@ def build_plan(
 
 
 def _first(errors: Sequence[Any]) -> str:
-    for error in errors:
-        return f"{error.node_operator()} {error.node_name()}: {' '.join(error.desc().split())}"
+    for parser_error in errors:
+        reason = " ".join(parser_error.desc().split())
+        return f"{parser_error.node_operator()} {parser_error.node_name()}: {reason}"
     return ""
 
 

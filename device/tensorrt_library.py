@@ -2,7 +2,7 @@
 
 The builder and the engine both begin here. Precision is authored in the graphs, which only strongly typed networks
 honour; TensorRT has those since 10.0, and 10.3 (JetPack 6.1) is the oldest that is meant to work. Nothing here or in
-the modules that use it may use a name of TensorRT's that tests/fixtures/tensorrt_names.json does not know.
+the modules that use it may use a name of TensorRT's that tests/fixtures/nvidia_names.json does not know.
 """
 
 from __future__ import annotations

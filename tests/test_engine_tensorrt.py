@@ -2,7 +2,7 @@
 
 The fake (fixtures/fake_tensorrt.py) runs the graphs with onnxruntime on memory that only it understands, so what these
 tests compare with golden values went through every copy, address and recording that a GPU would see. That NVIDIA's
-modules have the names used here is test_tensorrt_names.py's; that a GPU does the same, `understudy bundle check
+modules have the names used here is test_nvidia_names.py's; that a GPU does the same, `understudy bundle check
 --engine tensorrt` shows on a Jetson.
 """
 
@@ -46,9 +46,9 @@ from fixtures import fake_tensorrt, tiny_bundle, tiny_diffusion
 from fixtures.fake_tensorrt import FakeGpu, cudaError_t
 from fixtures.tiny_bundle import CHUNK, FRONT, HEIGHT, STATE, WIDTH, write_tiny_bundle
 from fixtures.tiny_diffusion import write_tiny_diffusion
+from fixtures.tiny_half import FP16, half_network, write_tiny_half
 
 MACHINE = Machine("Orin / NVIDIA Jetson Orin NX", "8.7 x8", "10.3.0", "12.6", "2")
-FP16 = {"weights": "fp32", "max_error": 0.0, "max_rounding_error": 0.0, "precision": "fp16"}
 
 
 @pytest.fixture
@@ -68,25 +68,9 @@ def bundle(tmp_path: Path) -> Bundle:
     return write_tiny_bundle(tmp_path / "tiny")
 
 
-def half_network() -> bytes:
-    """The tiny policy with its sum in half precision, as export authors fp16."""
-    model = onnx.load_from_string(tiny_bundle.network())
-    graph = model.graph
-    graph.node.pop()
-    cast = [("moved", "moved.half"), ("red", "red.half")]
-    graph.node.extend(helper.make_node("Cast", [a], [b], to=TensorProto.FLOAT16) for a, b in cast)
-    graph.initializer.append(numpy_helper.from_array(np.float16([0.1]), "tenth"))
-    graph.node.append(helper.make_node("Add", ["moved.half", "red.half"], ["sum"]))
-    graph.node.append(helper.make_node("Add", ["sum", "tenth"], ["more"]))
-    graph.node.append(helper.make_node("Sub", ["more", "tenth"], ["less"]))
-    graph.node.append(helper.make_node("Cast", ["less"], ["action"], to=TensorProto.FLOAT))
-    content: bytes = model.SerializeToString()
-    return content
-
-
 @pytest.fixture
 def half_bundle(tmp_path: Path) -> Bundle:
-    return write_tiny_bundle(tmp_path / "half", model=half_network(), fidelity=FP16)
+    return write_tiny_half(tmp_path / "half")
 
 
 # Running
