@@ -32,6 +32,10 @@ CellOption = Annotated[
         "--cell", help="The cell file, or 'virtual' for the virtual cell.", show_default="/etc/understudy/cell.toml"
     ),
 ]
+EngineCacheOption = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option("--cache", help="Where TensorRT's engines lie.", show_default="/var/cache/understudy/engines"),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
 
 _EXTRAS = {"mujoco": "demo", "matplotlib": "demo", "torch": "export", "onnx": "export", "safetensors": "export"}
@@ -235,6 +239,33 @@ def bundle_run(
 
     actions = run_observation(bundle, observation, out, threads)
     print(f"{out}: action float32 {list(actions.shape)}")
+
+
+@bundle_app.command("build")
+def bundle_build(
+    bundle: Path,
+    cache: EngineCacheOption = None,
+    rebuild: Annotated[bool, typer.Option(help="Build anew what is there already.")] = False,
+) -> None:
+    """Build TensorRT engines for this machine, and prove them."""
+    from device.bundle_build import run_build
+
+    run_build(bundle, cache, rebuild)
+
+
+@bundle_app.command("check")
+def bundle_check(
+    bundle: Path,
+    engine: Annotated[str, typer.Option(help="onnxruntime, onnxruntime-cuda, tensorrt or all that are here.")] = "all",
+    threads: Annotated[int, typer.Option(min=1)] = 1,
+    runs: Annotated[int, typer.Option(min=1, help="Timed inferences of each engine.")] = 50,
+    cache: EngineCacheOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Is it whole, and does every engine of this machine run it as it should? Exit code 1 where something is off."""
+    from device.bundle_check_table import run_check
+
+    raise typer.Exit(run_check(bundle, engine, threads, runs, cache, as_json))
 
 
 @ctl_app.command("mode")
