@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from export.episodes import Episodes, ImageSize, open_episodes
+from export.episodes.parquet import read_pictures
 from export.episodes.video import OPEN_FILES, Video, Videos
 from export.errors import ExportError
 from fixtures.recordings import (
@@ -26,6 +27,7 @@ from fixtures.recordings import (
     ENVIRONMENT,
     FRONT,
     HEIGHT,
+    KEY_FRAME_EVERY,
     LENGTHS,
     STATE,
     WIDTH,
@@ -35,6 +37,7 @@ from fixtures.recordings import (
     numbers_of,
     picture,
     pictures,
+    png,
     write_arrays,
     write_shard,
     write_v21,
@@ -178,6 +181,29 @@ def test_a_frame_is_the_same_whatever_was_read_before(video: tuple[Video, Array]
         np.testing.assert_array_equal(seen, video[1][i])
 
 
+class Counting(Video):
+    """Knows how many frames it has decoded."""
+
+    decoded = 0
+
+    def _next(self) -> Any:
+        self.decoded += 1
+        return super()._next()
+
+
+def test_a_frame_costs_no_more_than_the_pictures_since_a_key_frame(video: tuple[Video, Array]) -> None:
+    for i in range(40):
+        fresh = Counting(video[0].path)
+        list(fresh.frames([0.0, i / 30], 1 / 120))
+        assert fresh.decoded <= 1 + KEY_FRAME_EVERY
+
+
+def test_reading_on_decodes_nothing_twice(video: tuple[Video, Array]) -> None:
+    fresh = Counting(video[0].path)
+    list(fresh.frames([i / 30 for i in range(40)], 1 / 120))
+    assert fresh.decoded == 40
+
+
 @pytest.mark.parametrize("time_s", [0.5 / 30, 40 / 30, -1 / 30])
 def test_a_time_between_or_beyond_the_frames_has_none(video: tuple[Video, Array], time_s: float) -> None:
     with pytest.raises(ExportError, match="has no frame at"):
@@ -192,6 +218,23 @@ def test_only_a_few_videos_stay_open(tmp_path: Path) -> None:
         for i, path in enumerate(paths):
             assert difference(next(iter(videos[path].frames([0.0], 0.01))), picture(i)) <= CODEC_ERROR
     assert len(videos) == OPEN_FILES
+
+
+def test_pictures_are_found_across_batches_and_row_groups(tmp_path: Path) -> None:
+    column = pa.array([{"bytes": bytes([i]), "path": None} for i in range(100)])
+    pq.write_table(pa.table({FRONT: column}), tmp_path / "rows.parquet", row_group_size=40)
+    rows = [0, 15, 16, 39, 40, 77, 99]
+    assert list(read_pictures(tmp_path / "rows.parquet", FRONT, rows, tmp_path)) == [bytes([i]) for i in rows]
+
+
+def test_pictures_may_lie_beside_the_rows(tmp_path: Path) -> None:
+    root = write_v21(tmp_path)
+    (root / "images").mkdir()
+    (root / "images" / "one.png").write_bytes(png(picture(5)))
+    change_rows(root, WRIST, pa.array([{"bytes": None, "path": "images/one.png"}] * LENGTHS[1]))
+    np.testing.assert_array_equal(open_episodes(root)[1].frames(WRIST, [8])[0], picture(5))
+    change_rows(root, WRIST, pa.array([{"bytes": None, "path": "images/two.png"}] * LENGTHS[1]))
+    refuses(root, r"two\.png, which cannot be read")
 
 
 # .npz episodes

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import av
 from av.video.frame import VideoFrame
+from av.video.stream import VideoStream
 
 from export.episodes.episode import Pixels
 from export.episodes.images import rgb
@@ -27,7 +28,7 @@ class Video:
 
     def __init__(self, path: Path) -> None:
         """Raises ExportError where there is no file, no video in it, or nothing that decodes it."""
-        self._path = path
+        self.path = path
         if not path.is_file():
             raise ExportError(f"{path} is missing")
         try:
@@ -45,7 +46,7 @@ class Video:
         if base is None:
             raise ExportError(f"{path} gives its frames no time")
         self._time_base = float(base)
-        self._key_times = sorted(entry.timestamp for entry in self._stream.index_entries if entry.is_keyframe)
+        self._key_times = _key_times(self._stream)
         self._coming: Iterator[VideoFrame] = iter(())
         self._latest: VideoFrame | None = None
 
@@ -68,7 +69,7 @@ class Video:
             frame = self._next()
         if frame is None or _time(frame) > time + tolerance:
             found = "it ends before" if frame is None else f"the next is at {_time(frame) * self._time_base:.4f} s"
-            missing = f"{self._path} has no frame at {time * self._time_base:.4f} s, {found}"
+            missing = f"{self.path} has no frame at {time * self._time_base:.4f} s, {found}"
             raise ExportError(f"{missing}; the video does not belong to these rows")
         return frame
 
@@ -76,14 +77,9 @@ class Video:
         return bisect.bisect_right(self._key_times, begin) < bisect.bisect_right(self._key_times, end)
 
     def _seek(self, time: float, tolerance: float) -> VideoFrame | None:
-        """A frame at or before `time`, decoded from a key frame; the file's first where there is none before.
-
-        The index orders by decoding time, which with B-frames runs ahead of the time of display: the key frame that it
-        gives may be shown after `time`, and then the one before is taken.
-        """
-        before = bisect.bisect_right(self._key_times, time + tolerance)
+        """The key frame at or before `time`, or what is first in a file whose index leads elsewhere."""
         frame = None
-        for start in [*reversed(self._key_times[max(before - 2, 0) : before]), 0]:
+        for start in (max(int(time + tolerance), 0), 0):
             self._container.seek(start, stream=self._stream)
             self._coming = self._container.decode(self._stream)
             frame = self._next()
@@ -95,9 +91,9 @@ class Video:
         try:
             self._latest = next(self._coming, None)
         except (av.FFmpegError, ValueError) as error:
-            raise ExportError(f"{self._path} is damaged: {error}") from error
+            raise ExportError(f"{self.path} is damaged: {error}") from error
         if self._latest is not None and (self._latest.is_corrupt or self._latest.pts is None):
-            raise ExportError(f"{self._path} is damaged: a frame does not decode")
+            raise ExportError(f"{self.path} is damaged: a frame does not decode")
         return self._latest
 
 
@@ -117,6 +113,15 @@ class Videos:
                 self._open.popitem(last=False)[1].close()
         self._open.move_to_end(path)
         return self._open[path]
+
+
+def _key_times(stream: VideoStream) -> list[int]:
+    """When key frames are shown, by the file's index; empty where it has none.
+
+    The index holds times of decoding, which with B-frames run ahead of those of display by as much as the first does.
+    """
+    times = sorted(entry.timestamp for entry in stream.index_entries if entry.is_keyframe)
+    return [time - times[0] + (stream.start_time or 0) for time in times]
 
 
 def _time(frame: VideoFrame) -> int:
