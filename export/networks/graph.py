@@ -74,14 +74,15 @@ class GraphOperations:
         height, width, channels = self._input_shapes[names[0]]
         # Cast first: TensorRT takes an uint8 input only if that is the first thing that happens to it.
         floats = [self._node("Cast", [self._input(name, TensorProto.UINT8)], to=TensorProto.FLOAT) for name in names]
-        pixels = self.transpose(
-            self.concat([self.reshape(each, 1, height, width, channels) for each in floats]), 0, 3, 1, 2
-        )
+        # Normalised line by line, while a line is contiguous: onnxruntime takes 20 times as long for the same numbers
+        # where three channels lie innermost, as they do in front of its int8 kernels.
+        lines = self.concat([self.reshape(each, 1, height, width * channels) for each in floats])
         # (x / 255 - offset) / scale, as two operations
-        offset = np.stack([255 * normalizer.offset for normalizer in normalizers])[..., None, None]
-        factor = np.stack([1 / (255 * normalizer.scale) for normalizer in normalizers])[..., None, None]
-        centred = self._node("Sub", [pixels, self._constant(f"{names[0]}.offset", offset)]) if offset.any() else pixels
-        return self._node("Mul", [centred, self._constant(f"{names[0]}.factor", factor)])
+        offset = np.stack([np.tile(255 * normalizer.offset, width) for normalizer in normalizers])[:, None]
+        factor = np.stack([np.tile(1 / (255 * normalizer.scale), width) for normalizer in normalizers])[:, None]
+        centred = self._node("Sub", [lines, self._constant(f"{names[0]}.offset", offset)]) if offset.any() else lines
+        normal = self._node("Mul", [centred, self._constant(f"{names[0]}.factor", factor)])
+        return self.transpose(self.reshape(normal, len(names), height, width, channels), 0, 3, 1, 2)
 
     def given(self, name: str) -> str:
         return self._input(name, TensorProto.FLOAT)
