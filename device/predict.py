@@ -18,22 +18,19 @@ from typing import Any
 
 import numpy as np
 
-from device.bundle import GOLDEN, STATE, Bundle
+from device.bundle import STATE, Bundle
 from device.config import LoadedCell
-from device.engine import Engine, EngineError, infer_observation, open_engine
+from device.engine import EngineError
+from device.engine_choice import open_best_engine, release
 from device.errors import BundleError, ConfigError
 from device.frame_sets import Cameras, FrameSet
 from device.log import Once, event
 from device.manifest import Manifest
 from device.messages import TOPICS, chunks_dtype
-from device.observation_file import check_observation
 from device.topic import TopicReader, TopicWriter, topic_path
 
 logger = logging.getLogger("predict")
 
-# Engine against golden.npz at start: other processors and thread counts add up in another order (1e-4 seen), a wrong
-# engine is off by degrees.
-GOLDEN_TOLERANCE = 0.05
 TROUBLE_LASTS_S = 1.0
 
 
@@ -51,8 +48,9 @@ class Predict:
             raise BundleError(
                 f"{path}: the policy has no camera, whose frames are what sets the time of an observation"
             )
-        self._engine = open_engine(bundle, cell.cell.policy.threads)
-        self.golden_error = prove_on_golden(bundle, self._engine)
+        opened = open_best_engine(bundle, threads=cell.cell.policy.threads)
+        self._engine = opened.engine
+        self.engine_name, self.golden_error = opened.name, opened.golden_error
         self._cameras = Cameras(cell, bundle, self._engine.inputs, runtime)
         self._joints = TopicReader(topic_path(runtime, "joints"))
         self._joints_late_s = 2.0 / cell.cell.control.rate_hz
@@ -96,6 +94,7 @@ class Predict:
 
     def close(self) -> None:
         self._chunks.close()
+        release(self._engine)
 
     def _observe(self, steps: Sequence[FrameSet]) -> int | None:
         """Have the engine know all steps. Returns what the engine took, ns; None where one step could not be had."""
@@ -154,26 +153,16 @@ def advance_ns(manifest: Manifest, chosen: int | None) -> int:
     return 0 if advance is None else round((advance - 0.5) * 1e9 / manifest.action_rate_hz)
 
 
-def prove_on_golden(bundle: Bundle, engine: Engine) -> float:
-    """Run the engine on the bundle's golden inputs; returns the largest difference, in joint units.
-
-    Raises BundleError where it exceeds GOLDEN_TOLERANCE: an engine that computes something else must not move an arm.
-    """
-    inputs, expected = bundle.golden()
-    check_observation(bundle.manifest, inputs, str(bundle.path / GOLDEN))
-    error = float(np.abs(infer_observation(engine, bundle.manifest, inputs) - expected).max())
-    if not error <= GOLDEN_TOLERANCE:
-        raise BundleError(
-            f"{bundle.path}: this machine's engine differs from the reference by {error:.3g} (bound "
-            f"{GOLDEN_TOLERANCE}) on the bundle's golden inputs; export the bundle again or update the engine"
-        )
-    return error
-
-
 def run(cell: LoadedCell, runtime: Path, stop: Callable[[], bool], delay_s: float = 0.0) -> None:
-    """Run the role until `stop()`. Raises BundleError or ConfigError for a bundle that cannot run in this cell."""
+    """Run the role until `stop()`. Raises BundleError, ConfigError or EngineError for a bundle that cannot run here."""
     predict = Predict(cell, runtime, delay_s)
-    event(logger, "predict.ready", bundle=str(cell.bundle_path), golden_error=predict.golden_error)
+    event(
+        logger,
+        "predict.ready",
+        bundle=str(cell.bundle_path),
+        engine=predict.engine_name,
+        golden_error=predict.golden_error,
+    )
     try:
         while not stop():
             predict.step()

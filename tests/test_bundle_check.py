@@ -168,7 +168,7 @@ def test_golden_values_that_prove_nothing_are_off(bundle: Bundle, cache: EngineC
 def test_an_engine_that_computes_something_else_is_off(tmp_path: Path, cache: EngineCache) -> None:
     report = check(write_tiny_bundle(tmp_path / "wrong", model=changed("Sub")), cache)
     assert "onnxruntime fp32: " in problem(report)
-    assert "14 joint units off on the golden inputs (bound: 0.05)" in problem(report)
+    assert "differs from the reference by 14 joint units (bound: 0.05)" in problem(report)
     assert states(report)["onnxruntime fp32"] == "failed"
 
 

@@ -19,10 +19,10 @@ from device.arrays import dump_arrays, load_arrays
 from device.bundle import COEFFICIENTS, Bundle
 from device.bundle_table import describe
 from device.engine import EngineError, infer_observation, open_engine
+from device.engine_choice import ParityError, prove
 from device.engine_sampling import SamplingEngine
 from device.errors import BundleError
 from device.observation_file import run_observation
-from device.predict import prove_on_golden
 from device.sampling import ENCODINGS_PER_STEP, RecentKeys, draw_noise
 from fixtures.recipe import Array
 from fixtures.tiny_diffusion import (
@@ -100,11 +100,11 @@ def test_the_chunk_lies_in_the_same_memory_each_time(bundle: Bundle) -> None:
 
 def test_the_engine_is_proven_on_golden_inputs(tmp_path: Path) -> None:
     good = write_tiny_diffusion(tmp_path / "good")
-    assert prove_on_golden(good, open_engine(good)) < 1e-4
+    assert prove(good, open_engine(good)) < 1e-4
     golden = dump_arrays(observed() | {"action": sampled(observed(), table()).astype(np.float32) + 1})
     bad = write_tiny_diffusion(tmp_path / "bad", files={"golden.npz": golden})
-    with pytest.raises(BundleError, match="differs from the reference by 1"):
-        prove_on_golden(bad, open_engine(bad))
+    with pytest.raises(ParityError, match="differs from the reference by 1"):
+        prove(bad, open_engine(bad))
 
 
 # --- noise

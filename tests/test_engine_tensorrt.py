@@ -511,7 +511,7 @@ def test_half_precision_that_is_wrong_on_this_machine_falls_back_to_float32(
     assert opened.name == "tensorrt fp32"
     (line,) = fallen(caplog)
     assert line.startswith('engine.passed_over engine="tensorrt fp16" reason=')
-    assert "is 5 joint units off on the golden inputs (bound: 0.5)" in line
+    assert "differs from the reference by 5 joint units (bound: 0.5) on the golden inputs" in line
     release(opened.engine)
     assert gpu.live == 0
 
@@ -543,9 +543,7 @@ def test_without_tensorrt_onnxruntime_runs_it(
 def test_a_policy_that_no_engine_gets_right_is_refused(tmp_path: Path, cache: EngineCache) -> None:
     model = onnx.load_from_string(tiny_bundle.network())
     model.graph.node[-1].op_type = "Sub"
-    with pytest.raises(
-        EngineError, match=r"no engine of this machine runs it: .* joint units off on the golden inputs"
-    ):
+    with pytest.raises(EngineError, match=r"no engine of this machine runs it: .* differs from the reference by"):
         open_best_engine(write_tiny_bundle(tmp_path / "wrong", model=model.SerializeToString()), cache)
 
 
@@ -599,7 +597,7 @@ def test_the_command_says_what_it_built_and_proves_it(
     run_build(half_bundle.path, cache.folder, rebuild=False)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("policy.onnx fp16: built in ")
-    assert "5 joint units off" in lines[1]
+    assert "by 5 joint units" in lines[1]
     assert lines[2].startswith("policy.onnx fp32: built in ")
     assert str(cache.folder) in lines[2]
     assert lines[3].startswith("golden inputs: off by ")

@@ -16,6 +16,7 @@ import onnx
 
 from device.bundle import Bundle
 from device.config import VIRTUAL_CELL, LoadedCell, load_cell
+from device.engine import EngineError
 from device.errors import BundleError
 from device.messages import TOPICS, frames_dtype, joints_dtype
 from device.predict import Predict
@@ -145,7 +146,7 @@ def test_an_engine_that_computes_something_else_is_refused(tmp_path: Path) -> No
     model = onnx.load_from_string(network())
     model.graph.initializer[1].CopyFrom(onnx.numpy_helper.from_array(np.full((4, 1), 9.0, np.float32), "steps"))
     bundle = write_tiny_bundle(tmp_path / "tiny", model=model.SerializeToString())
-    with pytest.raises(BundleError, match="differs from the reference"):
+    with pytest.raises(EngineError, match="differs from the reference"):
         Predict(cell_with(bundle, tmp_path), tmp_path / "run")
 
 
