@@ -101,7 +101,7 @@ def look(ops: Operations[T], encoder: KeypointEncoder, eye: str, pixels: T) -> T
     x = ops.conv(resnet.resnet(ops, encoder.resnet(eye), x), f"{eye}pool.nets")
     rows, columns = encoder.cells
     mass = ops.softmax(ops.reshape(x, -1, rows * columns))
-    places = ops.product(mass, ops.constant("keypoint_grid", grid(rows, columns)))
+    places = ops.product(mass, ops.constant(f"keypoint_grid.{rows}x{columns}", grid(rows, columns)))
     return ops.relu(ops.linear(ops.reshape(places, -1, 2 * encoder.keypoints), f"{eye}out"))
 
 
