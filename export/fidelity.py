@@ -181,8 +181,8 @@ def _judge(manifest: Manifest, precision: Precision, largest: Array, force: bool
     joint = manifest.joints[worst]
     raise ExportError(
         f"--precision {precision.value} moves {joint.name} by up to {largest[worst]:.2g} {joint.unit.value} from what "
-        f"fp32 answers to the same observations (bound: {BOUNDS[precision]:g}); export in a higher precision, or accept
-        " "it with --force"
+        f"fp32 answers to the same observations (bound: {BOUNDS[precision]:g}); export in a higher precision, or "
+        "accept it with --force"
     )
 
 
