@@ -1,10 +1,10 @@
-"""Reads and widens ONNX files by walking protobuf's wire format: a device has no onnx package, and needs little of it.
+"""Reads and edits ONNX files by walking protobuf's wire format: a device has no onnx package, and needs little of it.
 
-`understudy bundle check` counts a graph's nodes here; the TensorRT builder asks whether a graph's frames meet
-TensorRT's rule for uint8, and for the same graph with every float16 computed in float32, which is what it falls back to
-when half precision fails parity. Nothing but the structure that these questions need is
-interpreted (field numbers: onnx.proto of ONNX IR version 8); everything else is copied as it is. Bytes that are no such
-file raise EngineError.
+`understudy bundle check` counts a graph's nodes here. The TensorRT builder asks whether a graph's frames meet
+TensorRT's rule for uint8; for the same graph with every float16 computed in float32, which is what it falls back to
+when half precision fails parity; and for an int8 graph with the zero points that TensorRT takes. Nothing but the
+structure that these questions need is interpreted (field numbers: onnx.proto of ONNX IR version 8); everything else is
+copied as it is. Bytes that are no such file raise EngineError.
 """
 
 from __future__ import annotations
@@ -24,10 +24,13 @@ _MODEL_GRAPH = 7
 _GRAPH_NODE, _GRAPH_INITIALIZER, _GRAPH_INPUT, _GRAPH_OUTPUT, _GRAPH_VALUE_INFO = 1, 5, 11, 12, 13
 _NODE_INPUT, _NODE_OP_TYPE, _NODE_ATTRIBUTE = 1, 4, 5
 _ATTRIBUTE_NAME, _ATTRIBUTE_I, _ATTRIBUTE_T, _ATTRIBUTE_G = 1, 3, 5, 6
-_TENSOR_DATA_TYPE, _TENSOR_INT32_DATA, _TENSOR_RAW_DATA = 2, 5, 9
+_TENSOR_DATA_TYPE, _TENSOR_INT32_DATA, _TENSOR_NAME, _TENSOR_RAW_DATA = 2, 5, 8, 9
 _VALUE_NAME, _VALUE_TYPE, _TYPE_TENSOR, _TENSOR_ELEMENT = 1, 2, 1, 1
 
-_FLOAT, _UINT8, _FLOAT16 = 1, 2, 10  # onnx.TensorProto.DataType
+_FLOAT, _UINT8, _INT8, _FLOAT16 = 1, 2, 3, 10  # onnx.TensorProto.DataType
+
+# Of the activations in int8 graphs, as export.quantize calls them; every scale goes with either kind of zero point.
+INT8_ZERO_POINTS = ("int8.zero.unsigned", "int8.zero.signed")
 
 Edit = Callable[[memoryview], bytes]
 
@@ -56,6 +59,13 @@ def widened(model: bytes) -> bytes:
     become casts to float32, which change nothing. Raises EngineError."""
     _graph_of(model)
     return _rewrite(memoryview(model), {_MODEL_GRAPH: _widen_graph})
+
+
+def with_signed_zeros(model: bytes) -> bytes:
+    """An int8 graph whose activations are int8 around zero, as TensorRT takes them, instead of uint8, as onnxruntime's
+    kernels do: the same numbers, since the codes in use are those that both have. Raises EngineError."""
+    _graph_of(model)
+    return _rewrite(memoryview(model), {_MODEL_GRAPH: partial(_rewrite, edits={_GRAPH_INITIALIZER: _sign_zero})})
 
 
 @dataclass(frozen=True)
@@ -118,6 +128,14 @@ def _widen_tensor(tensor: memoryview) -> bytes:
         raise EngineError("a float16 constant is stored as int32_data, which is not widened here; export again")
     wide = _rewrite(tensor, {_TENSOR_RAW_DATA: lambda raw: np.frombuffer(raw, "<f2").astype("<f4").tobytes()})
     return _replace_number(memoryview(wide), _TENSOR_DATA_TYPE, _FLOAT16, _FLOAT)
+
+
+def _sign_zero(tensor: memoryview) -> bytes:
+    name = "".join(_text(value) for value in _payloads(tensor, _TENSOR_NAME))
+    if name not in INT8_ZERO_POINTS or _number(tensor, _TENSOR_DATA_TYPE) != _UINT8:
+        return bytes(tensor)
+    zero = _rewrite(tensor, {_TENSOR_RAW_DATA: lambda raw: bytes(len(raw))})
+    return _replace_number(memoryview(zero), _TENSOR_DATA_TYPE, _UINT8, _INT8)
 
 
 def _rewrite(message: memoryview, edits: Mapping[int, Edit]) -> bytes:

@@ -20,7 +20,7 @@ from device.bundle import DENOISE, ENCODER, POLICY, Bundle
 from device.cuda_runtime import Cuda
 from device.engine import EngineError
 from device.engine_cache import Description, EngineCache, Machine, engine_key
-from device.onnx_wire import summarize, widened
+from device.onnx_wire import summarize, widened, with_signed_zeros
 from device.tensorrt_library import keep_messages, load_tensorrt, this_machine
 
 WORKSPACE_BYTES = 1 << 30  # scratch memory that kernels may ask for; less where less is free
@@ -121,6 +121,8 @@ def graph_in(bundle: Bundle, graph: str, precision: str) -> bytes:
             f"{path}: {operator} reads the uint8 frames {frames}, and TensorRT takes those through a Cast only; "
             "export the policy again with this version"
         )
+    if precision == "int8":
+        return with_signed_zeros(model)
     return widened(model) if precision != bundle.manifest.fidelity.precision else model
 
 

@@ -37,9 +37,10 @@ from device.engine_cache import (
     engine_key,
     power_mode,
 )
-from device.engine_choice import open_best_engine, release
+from device.engine_choice import open_best_engine, open_onnxruntime, release
+from device.engine_onnx import ON_CPU
 from device.engine_tensorrt import TensorRtEngine, TensorRtSamplingEngine, open_tensorrt
-from device.onnx_wire import summarize, widened
+from device.onnx_wire import summarize, widened, with_signed_zeros
 from device.tensorrt_build import build_bundle, build_plan, precisions_of
 from device.tensorrt_network import NotBuiltError
 from fixtures import fake_tensorrt, tiny_bundle, tiny_diffusion
@@ -457,6 +458,43 @@ def test_a_widened_graph_computes_in_float32() -> None:
     ]
     errors = [np.abs(answer - tiny_bundle.expected(inputs)).max() for answer in answers]
     assert errors[0] > 1e-3 > 1e-5 > errors[1]
+
+
+def quantized_network() -> bytes:
+    """The tiny policy with its state in int8, once each with the zero points that export writes."""
+    model = onnx.load_from_string(tiny_bundle.network())
+    graph = model.graph
+    constants = {"scale": np.float32(1), "int8.zero.signed": np.uint8(128), "int8.zero.unsigned": np.uint8(0)}
+    graph.initializer.extend(numpy_helper.from_array(np.array(value), name) for name, value in constants.items())
+    for index, (name, zero) in enumerate([(STATE, "int8.zero.signed"), ("red", "int8.zero.unsigned")]):
+        stored = [
+            helper.make_node("QuantizeLinear", [name, "scale", zero], [f"{name}/int8"]),
+            helper.make_node("DequantizeLinear", [f"{name}/int8", "scale", zero], [f"{name}/back"]),
+        ]
+        for node in graph.node:
+            node.input[:] = [f"{name}/back" if given == name else given for given in node.input]
+        for offset, node in enumerate(stored):
+            graph.node.insert(5 * index + offset, node)
+    content: bytes = model.SerializeToString()
+    return content
+
+
+def test_int8_is_built_with_the_zero_points_that_tensorrt_takes(
+    tmp_path: Path, cache: EngineCache, gpu: FakeGpu
+) -> None:
+    onnx.checker.check_model(onnx.load_from_string(with_signed_zeros(quantized_network())), full_check=True)
+    bundle = write_tiny_bundle(tmp_path / "int8", model=quantized_network(), fidelity=FP16 | {"precision": "int8"})
+    trt = fake_tensorrt.make_tensorrt(gpu, "10.3.0")
+    with pytest.raises(EngineError, match=r"QuantizeLinear .*: only int8 zero points"):
+        build_plan(trt, quantized_network(), "policy.onnx", b"", 1 << 20)
+    opened = open_best_engine(bundle, cache, build=True)
+    assert opened.name == "tensorrt int8"
+    inputs = tiny_bundle.observed()
+    there = open_onnxruntime(bundle, ON_CPU, 1, None)
+    np.testing.assert_array_equal(
+        infer_observation(opened.engine, bundle.manifest, inputs), infer_observation(there, bundle.manifest, inputs)
+    )
+    release(opened.engine)
 
 
 def test_what_is_not_float16_is_not_touched_by_widening() -> None:
