@@ -46,6 +46,7 @@ class Told:
     cameras: tuple[str, ...] | None = None  # names, in the order of training
     image_size: tuple[int, int] | None = None  # height, width, px
     rate_hz: float | None = None  # actions a second
+    units: str | None = None  # of the joints, as --units
 
 
 @dataclass

@@ -37,11 +37,12 @@ from export.bundle_writer import PartialBundle, partial_bundle, refuse_occupied
 from export.checkpoint import Checkpoint, Told
 from export.errors import ExportError
 from export.families import read_policy
+from export.fidelity import Lowered, Proven
 from export.normalize import Statistics
 from export.policy import Policy, rounded
 from export.precision import Precision, Storage
 from export.sampling import FAST, Sampling
-from export.units import check_units, name_joints
+from export.units import TrainedIn, check_units, in_bundle_units, name_joints
 from firmware_bridge.calibration import Unit
 
 IMAGES = "observation.images."
@@ -56,7 +57,7 @@ C = TypeVar("C", bound=Enum)
 @dataclass(frozen=True)
 class ExportReport:
     """What export did. `max_error` is the bundle against PyTorch on the golden inputs, `joint_errors` what a lower
-    precision costs on recorded observations, by joint; both in joint units."""
+    precision costs on recorded observations at most, by joint, `mean_joint_errors` on average; all in joint units."""
 
     path: Path
     family: str
@@ -66,6 +67,7 @@ class ExportReport:
     max_rounding_error: float
     precision: Precision
     joint_errors: dict[str, float]
+    mean_joint_errors: dict[str, float]
     sampler: str | None
     warnings: tuple[str, ...]
 
@@ -75,7 +77,7 @@ class Choices:
     """What a person decides about a bundle, beside what is `Told` and `Sampling`. See `export_checkpoint`."""
 
     joints: Sequence[str] | None = None
-    units: Unit = Unit.degrees
+    units: TrainedIn = TrainedIn.degrees
     dataset: str | None = None
     handoff: Method | None = None
     ensemble_m: float | None = None
@@ -95,7 +97,7 @@ def export_checkpoint(
     *,
     joints: Sequence[str] | None = None,
     rate_hz: float | None = None,
-    units: Unit = Unit.degrees,
+    units: TrainedIn | Unit | None = None,
     weights: Storage | Literal["fp32", "fp16"] = Storage.fp32,
     precision: Precision | Literal["fp32", "fp16", "int8"] = Precision.fp32,
     allow_unnormalized: Iterable[str] = (),
@@ -110,6 +112,7 @@ def export_checkpoint(
     """Export a checkpoint as a bundle at `out`.
 
     `joints`: names in action order (NAME=UNIT for one that differs from `units`); SO-101's where there are six.
+    `units`: of the joints in training, degrees unless they are given; a bundle has radians as degrees.
     `rate_hz`: actions a second in training. `cameras`, `image_size` (height, width): for checkpoints that do not say.
     `weights`: how they are stored. `precision`: what is computed in; measured on `episodes` (a folder) or `observation`
     and refused above `export.fidelity`'s bounds unless `force`. `choices`: further fields of `Choices`; `observation`,
@@ -119,11 +122,17 @@ def export_checkpoint(
     started = time.perf_counter()
     chosen = Choices(
         joints=joints,
-        units=units,
+        units=TrainedIn.degrees if units is None else TrainedIn(units.value),
         storage=Storage(weights),
         precision=Precision(precision),
         force=force,
-        told=Told(frozenset(allow_unnormalized), None if cameras is None else tuple(cameras), image_size, rate_hz),
+        told=Told(
+            frozenset(allow_unnormalized),
+            None if cameras is None else tuple(cameras),
+            image_size,
+            rate_hz,
+            None if units is None else units.value,
+        ),
         sampling=sampling or Sampling(force=force),
         **choices,
     )
@@ -131,18 +140,20 @@ def export_checkpoint(
     refuse_occupied(out, overwrite)
     say("reading the checkpoint")
     source, policy = read_policy(checkpoint, chosen.told, chosen.sampling)
+    policy = in_bundle_units(source, policy, chosen.joints, chosen.units)
     with partial_bundle(out, overwrite) as partial:
-        nodes, manifest = _write(partial, source, policy, chosen, say)
-    measured = manifest.fidelity
+        manifest, written = _write(partial, source, policy, chosen, say)
+    measured = written.fidelity
     return ExportReport(
         path=out,
         family=policy.family,
-        nodes=nodes,
+        nodes=written.authored.nodes,
         seconds=time.perf_counter() - started,
         max_error=measured.max_error,
         max_rounding_error=measured.max_rounding_error,
         precision=chosen.precision,
         joint_errors=dict(zip(manifest.joint_names, measured.joint_errors, strict=False)),
+        mean_joint_errors=dict(zip(manifest.joint_names, written.mean_errors, strict=False)),
         sampler=_describe_sampler(manifest),
         warnings=tuple(source.warnings),
     )
@@ -153,7 +164,7 @@ def run_export(
     out: Path,
     *,
     joints: str | None = None,
-    units: str = Unit.degrees.value,
+    units: str | None = None,
     weights: str = "fp32",
     precision: str = "fp32",
     cameras: str | None = None,
@@ -172,7 +183,7 @@ def run_export(
             checkpoint,
             out,
             joints=None if joints is None else joints.split(","),
-            units=_choice("--units", units, Unit),
+            units=None if units is None else _choice("--units", units, TrainedIn),
             weights=_choice("--weights", weights, Storage),
             precision=_choice("--precision", precision, Precision),
             cameras=None if cameras is None else cameras.split(","),
@@ -188,7 +199,8 @@ def run_export(
         return
     print(_sentence(report, weights))
     for joint, error in report.joint_errors.items():
-        print(f"  {joint}: {report.precision.value} differs from fp32 by {error:.2g} at most")
+        mean = report.mean_joint_errors[joint]
+        print(f"  {joint}: {report.precision.value} differs from fp32 by {mean:.2g} on average, {error:.2g} at most")
 
 
 def _sentence(report: ExportReport, weights: str) -> str:
@@ -234,12 +246,14 @@ def _choice(option: str, text: str, choices: type[C]) -> C:
 
 def _write(
     partial: PartialBundle, source: Checkpoint, policy: Policy, chosen: Choices, say: Progress
-) -> tuple[int, Manifest]:
-    """Everything that a bundle holds. Returns the number of nodes, and the manifest but for its list of files."""
-    manifest = _manifest(source, policy, chosen)
+) -> tuple[Manifest, Lowered]:
+    """Everything that a bundle holds. Returns the manifest but for its list of files, and what was written."""
+    manifest = draft_manifest(source, policy, chosen)
     check_units(manifest.joints, _joint_statistics(source, manifest), str(source.path))
-    names = _input_names(source, policy)
-    seen = None if chosen.observation is None else golden.from_file(chosen.observation, source, policy)
+    names = input_names(source, policy)
+    say("reading observations")
+    observed = fidelity.observations(source, policy, manifest, chosen.precision, chosen.episodes, chosen.observation)
+    seen = _golden_observation(source, policy, chosen.observation, observed)
     say("computing the reference in PyTorch")
     inputs = (seen or golden.made_up(policy)) | policy.noise(golden.NOISE_SEED)
     stored = rounded(policy) if chosen.storage is Storage.fp16 else policy
@@ -253,19 +267,27 @@ def _write(
     partial.write_pictures(_pictures(source, policy, seen))
     error = fidelity.prove(partial.path, manifest, robot_inputs, expected)
     measured = Fidelity(weights=chosen.storage.value, max_error=error, max_rounding_error=rounding)
+    written = Lowered(authored, measured, ())
     if chosen.precision is not Precision.fp32:
-        say(f"measuring {chosen.precision.value} against fp32")
-        observed = fidelity.observations(source, policy, manifest, chosen.episodes, chosen.observation)
-        authored, measured = fidelity.lower(
-            partial, manifest, stored, names, authored, measured, observed, chosen.precision, chosen.force
-        )
-    manifest = manifest.model_copy(update={"fidelity": measured})
+        say(f"measuring {chosen.precision.value} against fp32 on {len(observed)} observations")
+        proven = Proven(partial, manifest, stored, names, authored, measured, robot_inputs, expected)
+        written = fidelity.lower(proven, observed, chosen.precision, chosen.force)
     say("writing the bundle")
+    manifest = manifest.model_copy(update={"fidelity": written.fidelity})
     partial.finish(manifest)
-    return authored.nodes, manifest
+    return manifest, written
 
 
-def _manifest(source: Checkpoint, policy: Policy, chosen: Choices) -> Manifest:
+def _golden_observation(
+    source: Checkpoint, policy: Policy, path: Path | None, observed: Sequence[dict[str, Array]]
+) -> dict[str, Array] | None:
+    """A real observation by the policy's names, where there is one: the file's, else the first recorded one."""
+    if path is not None:
+        return golden.from_file(path, source, policy)
+    return {name: observed[0][source.robot_name(name)] for name in policy.inputs.shapes()} if observed else None
+
+
+def draft_manifest(source: Checkpoint, policy: Policy, chosen: Choices) -> Manifest:
     """The manifest but for what is known only once the network is written: errors and files."""
     try:
         return Manifest(
@@ -305,7 +327,7 @@ def _joint_statistics(source: Checkpoint, manifest: Manifest) -> dict[str, Stati
     }
 
 
-def _input_names(source: Checkpoint, policy: Policy) -> dict[str, str]:
+def input_names(source: Checkpoint, policy: Policy) -> dict[str, str]:
     names = {name: source.robot_name(name) for name in policy.inputs.shapes()}
     for name, given in names.items():
         if not name.startswith(IMAGES) and not name.startswith("observation.image") and given != name:

@@ -11,16 +11,24 @@ from pathlib import Path
 
 from export.act.read import read_act
 from export.checkpoint import Checkpoint, Told
+from export.cloning.read import read_cloning
+from export.diffusion.consistency_policy import read_consistency_policy
 from export.diffusion.lerobot import read_diffusion
+from export.diffusion.stanford import read_stanford
 from export.errors import ExportError
 from export.policy import Policy
+from export.readers import original_act
+from export.readers.diffusion_policy import find_payload, read_payload
 from export.readers.lerobot import read_checkpoint
 from export.sampling import Sampling
 
 # `type` of the checkpoint's configuration -> what understands it.
 FAMILIES: dict[str, Callable[[Checkpoint, Sampling], Policy]] = {
     "act": lambda checkpoint, _: read_act(checkpoint),
+    "cloning": lambda checkpoint, _: read_cloning(checkpoint),
     "diffusion": read_diffusion,
+    "diffusion_policy": read_stanford,
+    "consistency_policy": read_consistency_policy,
 }
 
 
@@ -37,4 +45,8 @@ def read_policy(path: Path, told: Told, sampling: Sampling) -> tuple[Checkpoint,
 
 
 def _read_files(path: Path, told: Told) -> Checkpoint:
+    if find_payload(path):
+        return read_payload(path, told)
+    if original_act.recognises(path):
+        return original_act.read_checkpoint(path, told)
     return read_checkpoint(path, told)

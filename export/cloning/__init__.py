@@ -1,0 +1,1 @@
+"""Plain behaviour cloning: one observation in, one action out."""
