@@ -176,7 +176,10 @@ def export(
         typer.Option(help="Joint names in action order, comma separated; NAME=UNIT for one in another unit."),
     ] = None,
     rate: Annotated[float, typer.Option(help="Actions a second in training.")] = 30.0,
-    units: Annotated[str, typer.Option(help="degrees, range_m100_100 or range_0_100.")] = "degrees",
+    units: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Of the joints in training: degrees (default), range_m100_100, range_0_100 or radians."),
+    ] = None,
     weights: Annotated[str, typer.Option(help="fp32, or fp16 to store the weights in half the space.")] = "fp32",
     handoff: Annotated[Optional[str], typer.Option(help="Recommend ensemble, crossfade or latest.")] = None,  # noqa: UP045
     ensemble_m: Annotated[Optional[float], typer.Option(help="The ensemble's coefficient.")] = None,  # noqa: UP045
