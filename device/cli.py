@@ -214,6 +214,63 @@ def export(
     )
 
 
+@app.command()
+def distill(
+    teacher: Annotated[Path, typer.Argument(help="LeRobot's pretrained_model directory of a diffusion policy.")],
+    episodes: Annotated[Path, typer.Option(help="Recorded episodes, best those that it was trained on.")],
+    out: Annotated[Path, typer.Option(help="Where the student goes; what is kept meanwhile lies in OUT.work.")],
+    steps: Annotated[int, typer.Option(help="Denoising steps an inference, 1 to 4.")] = 2,
+    train_steps: Annotated[int, typer.Option(help="Steps of training.")] = 10_000,
+    minutes: Annotated[Optional[float], typer.Option(help="Train at most so long, all runs together.")] = None,  # noqa: UP045
+    batch: Annotated[int, typer.Option(help="Horizons of actions a step of training.")] = 64,
+    lr: Annotated[float, typer.Option(help="Learning rate; falls to 0.3 of it.")] = 1e-4,
+    threads: Annotated[int, typer.Option(help="On a CPU; each takes a part of every batch.")] = 2,
+    seed: Annotated[int, typer.Option(min=0, help="Of everything that is drawn.")] = 0,
+    skip: Annotated[int, typer.Option(help="Levels of noise that a step of the teacher covers.")] = 10,
+    held_out: Annotated[float, typer.Option(help="Share of the episodes that the gate judges on.")] = 0.1,
+    episodes_limit: Annotated[Optional[int], typer.Option(min=2, help="Only the first so many episodes.")] = None,  # noqa: UP045
+    timesteps: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Where the student samples, such as 99,50; default: the best of a few on held-out episodes."),
+    ] = None,
+    teacher_steps: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=4, help="Let the teacher answer the gate in so many steps of DDIM; default: its own sampler."),
+    ] = None,
+    conditions: Annotated[int, typer.Option(help="Observations that the gate looks at.")] = 64,
+    samples: Annotated[int, typer.Option(help="Answers of each of the two to every one of them.")] = 8,
+    force: Annotated[bool, typer.Option(help="Exit code 0 also where the gate fails.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace a student that is there.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Teach a diffusion policy to answer in a step or two. Can be stopped; the same command goes on."""
+    from export.distillation.command import run_distill
+
+    passed = run_distill(
+        teacher,
+        episodes,
+        out,
+        steps=steps,
+        train_steps=train_steps,
+        minutes=minutes,
+        batch=batch,
+        lr=lr,
+        threads=threads,
+        seed=seed,
+        skip=skip,
+        held_out=held_out,
+        episodes_limit=episodes_limit,
+        timesteps=timesteps,
+        teacher_steps=teacher_steps,
+        conditions=conditions,
+        samples=samples,
+        force=force,
+        overwrite=overwrite,
+        as_json=as_json,
+    )
+    raise typer.Exit(0 if passed else 1)
+
+
 @bundle_app.command("show")
 def bundle_show(bundle: Path, as_json: JsonOption = False) -> None:
     """Print the manifest for a person (or, with --json, as it is)."""
