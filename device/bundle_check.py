@@ -9,6 +9,8 @@ float32 passes there, since that is what will run. Whatever is off is one senten
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import gc
 import time
 from collections import deque
@@ -122,7 +124,6 @@ def check_bundle(
 def check_engine(bundle: Bundle, candidate: Candidate, runs: int) -> EngineReport:
     """Open, prove and time one engine; it is given back whatever happens."""
     kind, precision = candidate.kind, candidate.precision
-    gc.collect()
     memory, gpu_free = _Memory(), None if kind == "onnxruntime" else gpu_free_bytes()
     engine: Engine | None = None
     try:
@@ -194,6 +195,9 @@ class _Memory:
     """Growth of the peak of this process's resident memory since it was made; None where Linux does not tell."""
 
     def __init__(self) -> None:
+        gc.collect()
+        with contextlib.suppress(AttributeError):  # not in every C library
+            ctypes.CDLL(None).malloc_trim(0)  # what the engine before gave back would hide what this one takes
         try:
             _CLEAR_REFS.write_text(_RESET_PEAK)
             self._before: int | None = _status_kb("VmRSS")
