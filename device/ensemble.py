@@ -6,7 +6,8 @@ executed and nothing is spliced by an estimate of latency. Nothing here knows a 
 
 Methods. `ensemble`: temporal ensembling, Algorithm 2 of ACT (Zhao et al. 2023, arXiv:2304.13705): weights exp(-m*i)
 with i = 0 for the oldest live prediction. `crossfade`: a linear hand-over from what was going on to the newest chunk.
-`latest`: the newest chunk alone.
+`latest`: the newest chunk alone. A chunk of one action (behaviour cloning) has no end of its own: it is meant for now,
+and holds until it is replaced or stale.
 """
 
 from __future__ import annotations
@@ -138,6 +139,8 @@ class ChunkEnsemble:
             return known
         age = t_ns - self._t_obs[known]
         ended = age > self._last[known] * self._dt[known]
+        if self._last[known[-1]] == 0:
+            ended[-1] = False  # a single action is the goal until the next one comes, or nothing for too long
         if ended[-1] or age[-1] > self.staleness_ns:
             return known[:0]
         if self.method == "ensemble":

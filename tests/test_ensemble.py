@@ -248,3 +248,29 @@ def test_with_a_fresh_chunk_every_tick_it_equals_lerobots_ensembler(m: float) ->
         assert choice is not None
         # LeRobot's weights are float32, whatever its chunks are.
         np.testing.assert_allclose(choice.action, theirs[tick], atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["ensemble", "crossfade", "latest"])
+def test_a_chunk_of_one_action_holds_until_the_next_one_or_until_it_is_stale(method: str) -> None:
+    """Behaviour cloning: inference takes longer than an action lasts, and the arm still has a goal at every tick."""
+    ensemble = ChunkEnsemble(1, 1, method=method, staleness_ns=300 * MS)
+    assert ensemble.add(60 * MS, 0, 20 * MS, np.array([[5.0]]))
+    for t in (60 * MS, 150 * MS, 300 * MS):
+        choice = ensemble.at(t)
+        assert choice is not None
+        assert choice.action[0] == 5.0
+    assert ensemble.at(301 * MS) is None
+    assert ensemble.add(310 * MS, 250 * MS, 20 * MS, np.array([[9.0]]))
+    after = ensemble.at(400 * MS)
+    assert after is not None
+    assert after.action[0] == 9.0, "only the newest has a say once it has taken over"
+
+
+def test_fresh_chunks_of_one_action_are_not_averaged() -> None:
+    """Algorithm 2 for chunks of one: the prediction of this tick alone."""
+    ensemble = ChunkEnsemble(1, 1, staleness_ns=10**12)
+    for tick in range(5):
+        assert ensemble.add(tick * DT, tick * DT, DT, np.array([[float(tick)]]))
+        choice = ensemble.at(tick * DT)
+        assert choice is not None
+        assert choice.action[0] == tick
