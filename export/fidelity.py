@@ -31,10 +31,11 @@ from export.quantize import plan, quantize
 
 TOLERANCE = 1e-3  # of a joint unit: the bundle against PyTorch, in fp32
 # The largest difference from fp32 of any joint, action and observation, in joint units (degrees, or hundredths of a
-# range). fp16: three steps of an STS3215 (0.088 degrees each), which its control loop does not tell from noise; trained
-# policies were measured at 0.05. int8: two degrees are 12 mm at the gripper of an outstretched SO-101, for one action
-# that its neighbours outvote; trained policies were measured at 0.5, with a mean of 0.02. Beyond, a policy is broken.
-BOUNDS = {Precision.fp16: 0.25, Precision.int8: 2.0}
+# range). fp16: three steps of an STS3215 (0.088 degrees each), less than its gears' play; the virtual cell's ACT and
+# diffusion policies were measured at 0.02. int8: three degrees are 18 mm at the gripper of an outstretched SO-101, for
+# one action that those around it outvote; the two policies were measured at 0.4 and 1.5 (0.02 and 0.05 on average).
+# What quantises badly is off by tens.
+BOUNDS = {Precision.fp16: 0.25, Precision.int8: 3.0}
 MEASURED = 64  # observations
 FEWEST = 16  # that int8 is calibrated on, and as many more that it is measured on
 SEED = 0
@@ -158,8 +159,8 @@ def _sampled(manifest: Manifest, precision: Precision, folder: Path) -> list[dic
 
 
 def _quantized(proven: Proven, observed: Sequence[Mapping[str, Array]]) -> Authored:
-    """The bundle's files with int8 in the graph that the cameras go into: a policy that samples runs its encoder once
-    an inference and has its convolutions over time in float32."""
+    """The bundle's files with int8 in the graph that the cameras go into. The convolutions over time of a policy that
+    samples keep float32: in int8 they saved a quarter of a step, and moved actions by 0.6 on average and 3.6 at most."""
     name = POLICY if proven.manifest.sampler is None else ENCODER
     model = onnx.load_from_string(proven.authored.files[name])
     planned = plan(model)

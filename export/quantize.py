@@ -30,7 +30,6 @@ SHY_LEVELS = 63  # of weights that meet activations of eight bits: 2 * 255 * 63 
 LARGEST_BIAS = 2.0**30  # in units of input scale times weight scale: runtimes keep it as int32
 UNSIGNED_ZERO, SIGNED_ZERO = "int8.zero.unsigned", "int8.zero.signed"
 ZEROS = {UNSIGNED_ZERO: 0, SIGNED_ZERO: 128}
-FEWEST_NODES_THAT_KEEP = {"MaxPool"}
 
 
 @dataclass(frozen=True)
