@@ -160,7 +160,7 @@ def _sampled(manifest: Manifest, precision: Precision, folder: Path) -> list[dic
 
 def _quantized(proven: Proven, observed: Sequence[Mapping[str, Array]]) -> Authored:
     """The bundle's files with int8 in the graph that the cameras go into. The convolutions over time of a policy that
-    samples keep float32: in int8 they saved a quarter of a step, and moved actions by 0.6 on average and 3.6 at most."""
+    samples keep float32: in int8 they saved a quarter of a step, and moved actions by 0.6 on average, 3.6 at most."""
     name = POLICY if proven.manifest.sampler is None else ENCODER
     model = onnx.load_from_string(proven.authored.files[name])
     planned = plan(model)
