@@ -16,7 +16,7 @@ from export.errors import ExportError
 from export.networks.operations import Operations
 
 T = TypeVar("T")
-Float64 = np.ndarray[Any, np.dtype[np.float64]]
+Float32 = np.ndarray[Any, np.dtype[np.float32]]
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def frame(ops: Operations[T], framing: Framing, picture: tuple[int, int], x: T) 
             x = x if inner == outer else ops.slice(x, axis, start, start + inner)
         return x
     down, across = (
-        resizing(before, after, framing.antialias)[start : start + inner].astype(np.float32)
+        resizing(before, after, framing.antialias)[start : start + inner]
         for before, after, start, inner in zip(picture, whole, starts, size, strict=True)
     )
     name = f"resize.{_said(picture)}.{_said(whole)}.{_said(size)}{'' if framing.antialias else '.plain'}"
@@ -54,21 +54,24 @@ def frame(ops: Operations[T], framing: Framing, picture: tuple[int, int], x: T) 
     return ops.product(ops.constant(f"{name}.down", down), x)
 
 
-def resizing(before: int, after: int, antialias: bool = True) -> Float64:
-    """[after, before]: the weights of old pixels in every new one, rows that add to 1.
+def resizing(before: int, after: int, antialias: bool = True) -> Float32:
+    """float32 [after, before]: the weights of old pixels in every new one, rows that add to 1.
 
     A triangle as wide as two old or two new pixels, whichever is wider, around the new pixel's centre, cut at the
-    picture's edge (torch.nn.functional.interpolate, bilinear with antialias); always two old pixels without.
+    picture's edge (torch.nn.functional.interpolate, bilinear with antialias); always two old pixels without. Rounded to
+    float32 where torch rounds: in a picture of 640 pixels its centres are off by 1e-5 of a pixel, and so were those
+    that the policy was trained on.
     """
-    scale = before / after
-    reach = max(scale, 1.0) if antialias else 1.0
-    centres = scale * (np.arange(after) + 0.5)
-    first = np.maximum((centres - reach + 0.5).astype(int), 0)
-    last = np.minimum((centres + reach + 0.5).astype(int), before)
+    scale = np.float32(before) / np.float32(after)
+    reach = max(scale, np.float32(1)) if antialias else np.float32(1)
+    centres = (np.float64(scale) * (np.arange(after) + 0.5)).astype(np.float32)
+    first = np.maximum(((centres - reach).astype(np.float64) + 0.5).astype(int), 0)
+    last = np.minimum(((centres + reach).astype(np.float64) + 0.5).astype(int), before)
     pixels = np.arange(before)
-    weights = np.maximum(0, 1 - np.abs(pixels + 0.5 - centres[:, None]) / reach)
+    away = (pixels.astype(np.float32) - centres[:, None]).astype(np.float64) + 0.5
+    weights = np.maximum(0, 1 - np.abs((away * np.float64(np.float32(1) / reach)).astype(np.float32)))
     weights[(pixels < first[:, None]) | (pixels >= last[:, None])] = 0
-    return np.asarray(weights / weights.sum(axis=1, keepdims=True))
+    return np.asarray(weights / weights.sum(axis=1, keepdims=True), np.float32)
 
 
 def _first(outer: int, inner: int) -> int:
