@@ -18,12 +18,14 @@ from typing import Annotated, Any, Optional
 import typer
 
 from device.errors import UnderstudyError
+from export.cli import add_commands
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 bundle_app = typer.Typer(no_args_is_help=True, help="What a policy is, once exported.")
 ctl_app = typer.Typer(no_args_is_help=True, help="What the button does, for scripts and PLCs.")
 app.add_typer(bundle_app, name="bundle")
 app.add_typer(ctl_app, name="ctl")
+add_commands(app)
 
 # Optional[...] and not `... | None`: typer evaluates annotations, and Python 3.10 must too.
 CellOption = Annotated[
@@ -38,7 +40,8 @@ EngineCacheOption = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
 
-_EXTRAS = {"mujoco": "demo", "matplotlib": "demo", "torch": "export", "onnx": "export", "safetensors": "export"}
+_OF_EXPORT = ("torch", "onnx", "safetensors", "pyarrow", "av")
+_EXTRAS = {"mujoco": "demo", "matplotlib": "demo"} | dict.fromkeys(_OF_EXPORT, "export")
 
 
 def main() -> None:
@@ -124,6 +127,10 @@ def demo(
     handoff: Annotated[
         Optional[str], typer.Option(help="ensemble, crossfade or latest; default: what the bundle recommends.")  # noqa: UP045
     ] = None,
+    advance: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, help="Actions from one chunk to the next; default: what the bundle recommends."),
+    ] = None,
     inference_delay_ms: Annotated[float, typer.Option(min=0, help="Slow inference down by so much.")] = 0,
     report: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("report"),
     bundle: Annotated[Optional[Path], typer.Option(help="Another policy than the shipped one.")] = None,  # noqa: UP045
@@ -136,7 +143,9 @@ def demo(
     """The virtual cell: emulated servos, simulated arm and rendered cameras under the real roles. Ends in a verdict."""
     from device.demo import Options, run_demo
 
-    options = Options(episodes, seed, handoff, inference_delay_ms, report, bundle, time_limit_s, lockstep, as_json)
+    options = Options(
+        episodes, seed, handoff, advance, inference_delay_ms, report, bundle, time_limit_s, lockstep, as_json
+    )
     result = run_demo(options)
     if as_json:
         print(json.dumps(result.as_json()))
@@ -165,110 +174,6 @@ def _parse_ids(text: str) -> list[int]:
     except ValueError:
         raise UnderstudyError(f"--ids {text!r}: expected a list such as 1-6 or 1,2,5") from None
     return ids
-
-
-@app.command()
-def export(
-    checkpoint: Annotated[Path, typer.Argument(help="A LeRobot checkpoint (its pretrained_model directory).")],
-    out: Annotated[Path, typer.Option(help="Where the bundle goes.")],
-    joints: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="Joint names in action order, comma separated; NAME=UNIT for one in another unit."),
-    ] = None,
-    rate: Annotated[float, typer.Option(help="Actions a second in training.")] = 30.0,
-    units: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="Of the joints in training: degrees (default), range_m100_100, range_0_100 or radians."),
-    ] = None,
-    weights: Annotated[str, typer.Option(help="fp32, or fp16 to store the weights in half the space.")] = "fp32",
-    handoff: Annotated[Optional[str], typer.Option(help="Recommend ensemble, crossfade or latest.")] = None,  # noqa: UP045
-    ensemble_m: Annotated[Optional[float], typer.Option(help="The ensemble's coefficient.")] = None,  # noqa: UP045
-    two_state: Annotated[str, typer.Option(help="Joints that are never averaged, comma separated.")] = "",
-    dataset: Annotated[Optional[str], typer.Option(help="Training dataset, for the record.")] = None,  # noqa: UP045
-    observation: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(help="OBS.npz of a real observation: golden input and reference pictures."),
-    ] = None,
-    allow_unnormalized: Annotated[Optional[list[str]], typer.Option(help="A feature without statistics.")] = None,  # noqa: UP045
-    overwrite: Annotated[bool, typer.Option(help="Replace a bundle that is there.")] = False,
-    as_json: JsonOption = False,
-) -> None:
-    """Turn a checkpoint into a bundle whose numbers are proven equal to the original's."""
-    from export.command import run_export
-
-    run_export(
-        checkpoint,
-        out,
-        joints=joints,
-        rate_hz=rate,
-        units=units,
-        weights=weights,
-        as_json=as_json,
-        handoff=handoff,
-        ensemble_m=ensemble_m,
-        two_state_joints=[name for name in two_state.split(",") if name],
-        dataset=dataset,
-        observation=observation,
-        allow_unnormalized=allow_unnormalized or (),
-        overwrite=overwrite,
-    )
-
-
-@app.command()
-def distill(
-    teacher: Annotated[Path, typer.Argument(help="LeRobot's pretrained_model directory of a diffusion policy.")],
-    episodes: Annotated[Path, typer.Option(help="Recorded episodes, best those that it was trained on.")],
-    out: Annotated[Path, typer.Option(help="Where the student goes; what is kept meanwhile lies in OUT.work.")],
-    steps: Annotated[int, typer.Option(help="Denoising steps an inference, 1 to 4.")] = 2,
-    train_steps: Annotated[int, typer.Option(help="Steps of training.")] = 10_000,
-    minutes: Annotated[Optional[float], typer.Option(help="Train at most so long, all runs together.")] = None,  # noqa: UP045
-    batch: Annotated[int, typer.Option(help="Horizons of actions a step of training.")] = 64,
-    lr: Annotated[float, typer.Option(help="Learning rate; falls to 0.3 of it.")] = 1e-4,
-    threads: Annotated[int, typer.Option(help="On a CPU; each takes a part of every batch.")] = 2,
-    seed: Annotated[int, typer.Option(min=0, help="Of everything that is drawn.")] = 0,
-    skip: Annotated[int, typer.Option(help="Levels of noise that a step of the teacher covers.")] = 10,
-    held_out: Annotated[float, typer.Option(help="Share of the episodes that the gate judges on.")] = 0.1,
-    episodes_limit: Annotated[Optional[int], typer.Option(min=2, help="Only the first so many episodes.")] = None,  # noqa: UP045
-    timesteps: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="Where the student samples, such as 99,50; default: the best of a few on held-out episodes."),
-    ] = None,
-    teacher_steps: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(min=4, help="Let the teacher answer the gate in so many steps of DDIM; default: its own sampler."),
-    ] = None,
-    conditions: Annotated[int, typer.Option(help="Observations that the gate looks at.")] = 64,
-    samples: Annotated[int, typer.Option(help="Answers of each of the two to every one of them.")] = 8,
-    force: Annotated[bool, typer.Option(help="Exit code 0 also where the gate fails.")] = False,
-    overwrite: Annotated[bool, typer.Option(help="Replace a student that is there.")] = False,
-    as_json: JsonOption = False,
-) -> None:
-    """Teach a diffusion policy to answer in a step or two. Can be stopped; the same command goes on."""
-    from export.distillation.command import run_distill
-
-    passed = run_distill(
-        teacher,
-        episodes,
-        out,
-        steps=steps,
-        train_steps=train_steps,
-        minutes=minutes,
-        batch=batch,
-        lr=lr,
-        threads=threads,
-        seed=seed,
-        skip=skip,
-        held_out=held_out,
-        episodes_limit=episodes_limit,
-        timesteps=timesteps,
-        teacher_steps=teacher_steps,
-        conditions=conditions,
-        samples=samples,
-        force=force,
-        overwrite=overwrite,
-        as_json=as_json,
-    )
-    raise typer.Exit(0 if passed else 1)
 
 
 @bundle_app.command("show")

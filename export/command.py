@@ -81,6 +81,7 @@ class Choices:
     dataset: str | None = None
     handoff: Method | None = None
     ensemble_m: float | None = None
+    advance: int | None = None
     two_state_joints: Sequence[str] = ()
     storage: Storage = Storage.fp32
     precision: Precision = Precision.fp32
@@ -300,7 +301,7 @@ def draft_manifest(source: Checkpoint, policy: Policy, chosen: Choices) -> Manif
             chunk_size=policy.chunk_size,
             action_rate_hz=next(r for r in (chosen.told.rate_hz, source.rate_hz, USUAL_RATE_HZ) if r is not None),
             observation_steps=policy.observation_steps,
-            handoff=_handoff(policy, chosen.handoff, chosen.ensemble_m),
+            handoff=_handoff(policy, chosen),
             two_state_joints=tuple(chosen.two_state_joints),
             provenance=_provenance(source, chosen.dataset),
             fidelity=Fidelity(weights="fp32", max_error=0, max_rounding_error=0),
@@ -353,13 +354,13 @@ def _pictures(source: Checkpoint, policy: Policy, seen: dict[str, Array] | None)
     return {camera.name: newest[name] for name, camera in _cameras(source, policy).items()}
 
 
-def _handoff(policy: Policy, method: Method | None, m: float | None) -> Handoff:
-    """As given, else what the policy recommends; `m` is for the ensemble only."""
+def _handoff(policy: Policy, chosen: Choices) -> Handoff:
+    """As chosen, else what the policy recommends; `m` is for the ensemble only."""
     recommended = policy.handoff
-    method = method or recommended.method
-    if method != "ensemble":
-        return Handoff(method=method)
-    return Handoff(method=method, m=m if m is not None else recommended.m if recommended.m is not None else ENSEMBLE_M)
+    method = chosen.handoff or recommended.method
+    m = next((m for m in (chosen.ensemble_m, recommended.m, ENSEMBLE_M) if m is not None), None)
+    advance = chosen.advance or recommended.advance
+    return Handoff(method=method, m=m if method == "ensemble" else None, advance=advance)
 
 
 def _provenance(source: Checkpoint, dataset: str | None) -> Provenance:

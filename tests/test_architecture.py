@@ -14,7 +14,9 @@ from device.messages import TOPICS
 from device.roles import ROLES
 
 ROOT = Path(__file__).parent.parent
-THE_COMMAND = ROOT / "device" / "cli.py"  # one command for all packages; it imports the others only inside commands
+THE_COMMAND = (
+    ROOT / "device" / "cli.py"
+)  # one command for all packages; whatever it needs of them it imports when asked
 OURS = ("device", "export", "firmware_bridge", "provisioning")
 MAY_IMPORT = {
     "firmware_bridge": {"firmware_bridge"},

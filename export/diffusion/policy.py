@@ -49,7 +49,6 @@ class DiffusionPolicy:
     begins: int | None = None  # first_action, where it is not the newest observation's
 
     family: ClassVar[Family] = "diffusion"
-    handoff: ClassVar[Handoff] = Handoff(method="crossfade")
 
     def __post_init__(self) -> None:
         if self.horizon % self.unet.shortening:
@@ -62,6 +61,12 @@ class DiffusionPolicy:
                 f"a chunk of {self.chunk_size} actions from action {self.first_action} on does not fit into a horizon "
                 f"of {self.horizon}"
             )
+
+    @property
+    def handoff(self) -> Handoff:
+        """Two samples are not averaged, since they may be of two modes. Half a chunk is followed before the next: it
+        was trained to be followed for a while, and the other half is there while the next one is computed."""
+        return Handoff(method="crossfade", advance=(self.chunk_size + 1) // 2)
 
     @property
     def inputs(self) -> Inputs:
@@ -146,9 +151,12 @@ class DiffusionPolicy:
         files = {
             ENCODER: encoder.SerializeToString(),
             DENOISE: denoiser.SerializeToString(),
-            SAMPLER: dump_arrays(self._rows()),
-        }
+        } | self.sampler_files()
         return Authored(files, len(encoder.graph.node) + len(denoiser.graph.node))
+
+    def sampler_files(self) -> dict[str, bytes]:
+        """What another way of sampling changes of a bundle's files: sampler.npz."""
+        return {SAMPLER: dump_arrays(self._rows())}
 
     def _denoising_inputs(self) -> dict[str, tuple[int, ...]]:
         sample = (self.horizon, self.action_size)
