@@ -92,6 +92,18 @@ def test_the_bundle_gives_the_original_networks_actions_in_degrees(cameras: list
     assert report.nodes < 500
 
 
+def test_forks_with_a_backbone_for_each_camera_are_told_by_their_tensors(scratch: Path) -> None:
+    cameras = ["top", "left_wrist"]
+    policy, statistics, seen = make_policy(DetrVae(2, backbones=2)), make_statistics(), observe(cameras, SIZE)
+    folder = write_folder(scratch / "run", policy, statistics)
+    report = export_checkpoint(folder, scratch / "bundle", **TOLD)
+    expected = original(policy, statistics, seen) * FACTORS
+    assert np.abs(run(report.path, seen) - expected).max() < TOLERANCE
+    swapped = run(report.path, seen | {"top": seen["left_wrist"], "left_wrist": seen["top"]})
+    assert np.abs(swapped - expected).max() > 100 * TOLERANCE, "the order of cameras matters here"
+    assert "trained with 2 cameras, but --cameras names 1" in refusal(folder, cameras=["top"])
+
+
 VARIANTS: dict[str, dict[str, Any]] = {
     "pre_norm": {"pre_norm": True},
     "other_sizes": {"dim": 48, "feedforward": 32, "encoders": 3, "decoders": 2, "chunk": 3, "state": 7, "actions": 7},

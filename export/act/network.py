@@ -18,7 +18,7 @@ import torch
 from device.bundle import ACTION, ENVIRONMENT_STATE, STATE
 from export.act.weights import ActConfig
 from export.networks.operations import Operations, TorchOperations
-from export.networks.resnet import resnet
+from export.networks.resnet import ResNet, resnet
 
 if TYPE_CHECKING:
     from export.act.policy import ActPolicy
@@ -71,20 +71,21 @@ def _tokens(ops: Operations[T], policy: ActPolicy) -> tuple[T, T]:
         environment = ops.vector(ENVIRONMENT_STATE, policy.normalizers[ENVIRONMENT_STATE])
         rows.append(ops.linear(environment, "encoder_env_state_input_proj"))
     positions = [policy.weights["encoder_1d_feature_pos_embed.weight"].double().numpy()]
-    for (height, width), names in _by_size(config).items():
+    for (net, height, width), names in _batches(config).items():
         frames = ops.frames(names, [policy.normalizers[name] for name in names])
-        features = ops.conv(resnet(ops, config.resnet, frames), "encoder_img_feat_input_proj")
+        features = ops.conv(resnet(ops, net, frames), "encoder_img_feat_input_proj")
         rows.append(ops.tokens(features, config.dim))
         cells = positions_2d(config.resnet.cells(height), config.resnet.cells(width), config.dim)
         positions.extend([cells] * len(names))
     return ops.concat(rows), ops.constant("token_positions", np.concatenate(positions).astype(np.float32))
 
 
-def _by_size(config: ActConfig) -> dict[tuple[int, int], list[str]]:
-    """Cameras of one size share a batch. The order of tokens is free: attention does not see it."""
-    groups: dict[tuple[int, int], list[str]] = {}
-    for name, height, width in config.images:
-        groups.setdefault((height, width), []).append(name)
+def _batches(config: ActConfig) -> dict[tuple[ResNet, int, int], list[str]]:
+    """Cameras of one backbone and size share a batch. The order of tokens is free: attention does not see it."""
+    groups: dict[tuple[ResNet, int, int], list[str]] = {}
+    for camera, (name, height, width) in enumerate(config.images):
+        net = config.backbones[camera if config.separate_backbones else 0]
+        groups.setdefault((net, height, width), []).append(name)
     return groups
 
 

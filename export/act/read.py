@@ -14,7 +14,7 @@ import torch
 
 from export.act.network import FIRST_DECODER_ROW, first_decoder_row
 from export.act.policy import ActPolicy
-from export.act.weights import TRAINING_ONLY, ActConfig, expected_weights
+from export.act.weights import BACKBONE, TRAINING_ONLY, ActConfig, expected_weights
 from export.checkpoint import Checkpoint, check_weights, integer
 from export.errors import ExportError
 from export.features import declared
@@ -33,7 +33,7 @@ OTHER_KEYS = frozenset({
 READ_KEYS = frozenset({
     "n_obs_steps", "chunk_size", "vision_backbone", "replace_final_stride_with_dilation", "pre_norm", "dim_model",
     "n_heads", "dim_feedforward", "feedforward_activation", "n_encoder_layers", "n_decoder_layers", "use_vae",
-    "latent_dim", "n_vae_encoder_layers", "temporal_ensemble_coeff",
+    "latent_dim", "n_vae_encoder_layers", "temporal_ensemble_coeff", "separate_backbones",
 })
 # fmt: on
 
@@ -75,6 +75,7 @@ def read_config(checkpoint: Checkpoint) -> ActConfig:
         vae=bool(found.get("use_vae", True)),
         vae_layers=integer(checkpoint, "n_vae_encoder_layers"),
         ensemble_coefficient=found.get("temporal_ensemble_coeff"),
+        separate_backbones=bool(found.get("separate_backbones", False)),
     )
     _refuse_unsupported(checkpoint, config)
     return config
@@ -102,9 +103,11 @@ def _refuse_unsupported(checkpoint: Checkpoint, config: ActConfig) -> None:
 
 
 def _runnable(config: ActConfig, published: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    weights = resnet.runnable(config.resnet, published) if config.images else {}
+    weights: dict[str, torch.Tensor] = {}
+    for net in config.backbones if config.images else ():
+        weights |= resnet.runnable(net, published)
     for name, tensor in published.items():
-        if name.startswith((TRAINING_ONLY, config.resnet.prefix)):
+        if name.startswith((TRAINING_ONLY, BACKBONE)):
             continue
         if ".in_proj_" in name:
             attention, _, part = name.partition(".in_proj_")

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from export.networks import resnet
 from export.networks.resnet import ResNet
 
+BACKBONE = "backbone."  # how the names of its tensors begin; backbone.0. for the first of several
 TRAINING_ONLY = "vae_encoder"  # how the names of tensors begin that inference has no use for
 
 
@@ -37,10 +38,20 @@ class ActConfig:
     vae: bool
     vae_layers: int
     ensemble_coefficient: float | None
+    separate_backbones: bool = False  # one for each camera, as forks of the original have it; LeRobot shares one
 
     @property
     def resnet(self) -> ResNet:
-        return ResNet("backbone.", self.backbone, self.dilate)
+        """Of the first camera, and of all that share it."""
+        return self.backbones[0]
+
+    @property
+    def backbones(self) -> tuple[ResNet, ...]:
+        """In the order of the cameras where they are separate, otherwise one."""
+        prefixes = (
+            [f"{BACKBONE}{index}." for index in range(len(self.images))] if self.separate_backbones else [BACKBONE]
+        )
+        return tuple(ResNet(prefix, self.backbone, self.dilate) for prefix in prefixes)
 
     @property
     def state_tokens(self) -> int:
@@ -52,7 +63,8 @@ def expected_weights(config: ActConfig) -> dict[str, tuple[int, ...]]:
     """Name (without `model.`) -> shape of every tensor that a checkpoint of this configuration holds."""
     dim, shapes = config.dim, dict[str, tuple[int, ...]]()
     if config.images:
-        shapes |= resnet.expected_weights(config.resnet)
+        for net in config.backbones:
+            shapes |= resnet.expected_weights(net)
         shapes |= {
             "encoder_img_feat_input_proj.weight": (dim, config.resnet.channels, 1, 1),
             "encoder_img_feat_input_proj.bias": (dim,),

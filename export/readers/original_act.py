@@ -4,7 +4,8 @@ The first is a bare state dict, the second a pickle of means and standard deviat
 the robot: camera names, picture size, rate and units are asked for. Its policy class ACT becomes a Checkpoint of type
 act under LeRobot's names, CNNMLP (plain behaviour cloning) one of type cloning under its own. Only the first decoder
 layer of ACT is kept: the code takes element 0 of the stack of all layers' outputs, so the others are dead weight, which
-is why LeRobot has one layer. Nothing is run that a file holds. Source: github.com/tonyzhaozh/act, imitate_episodes.py,
+is why LeRobot has one layer. Training on real arms paired an observation with the action before it (utils.py), which
+changes nothing here: the first action of a chunk is meant for now. Nothing is run that a file holds. Source: github.com/tonyzhaozh/act, imitate_episodes.py,
 policy.py, detr/models/detr_vae.py and transformer.py; forks with a backbone for each camera (act-plus-plus) are told
 apart by their tensors.
 """
@@ -34,6 +35,7 @@ LAYOUT = "the original ACT repository"
 PREFIX = "model."  # of every tensor: the policy keeps its network under this name
 HEADS = 8  # written into imitate_episodes.py, and into no file
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # policy.py
+_BACKBONE = r"backbones\.(\d+)\."  # the number is the camera's, where there are several
 
 # How the names of tensors begin in the repository (without PREFIX) -> in LeRobot; None for what inference never reads.
 # First match counts.
@@ -49,7 +51,6 @@ _NAMES: tuple[tuple[str, str | None], ...] = (
     (r"encoder_joint_proj\.", "vae_encoder_robot_state_input_proj."),
     (r"latent_proj\.", "vae_encoder_latent_output_proj."),
     (r"pos_table$", "vae_encoder_pos_enc"),
-    (r"backbones\.0\.0\.body\.", "backbone."),
     (r"query_embed\.", "decoder_pos_embed."),
     (r"input_proj\.", "encoder_img_feat_input_proj."),
     (r"input_proj_robot_state\.", "encoder_robot_state_input_proj."),
@@ -86,10 +87,10 @@ def read_checkpoint(path: Path, told: Told) -> Checkpoint:
         path=weights_path,
         config_path=weights_path,
         weights_path=weights_path,
-        config={"type": "cloning"} if clones else _act_config(published, weights_path),
+        config={"type": "cloning"} if clones else _act_config(published, weights_path, told),
         inputs=inputs,
         outputs=outputs,
-        weights=published if clones else _renamed(published, weights_path),
+        weights=published if clones else _renamed(published),
         layout=LAYOUT,
         statistics=dict(statistics),
         source_files={file.name: file_sha256(file) for file in (weights_path, statistics_path)},
@@ -190,10 +191,16 @@ def _normalizer(feature: Feature, statistics: Mapping[str, Statistics], path: Pa
     return normalizer(feature.name, "MEAN_STD", found, size, eps=0.0, inverse=True, where=str(path))
 
 
-def _act_config(published: Mapping[str, torch.Tensor], path: Path) -> dict[str, Any]:
+def _act_config(published: Mapping[str, torch.Tensor], path: Path, told: Told) -> dict[str, Any]:
     """What LeRobot's config.json would say, read off the tensors."""
-    if not _holds(published, "backbones."):
+    backbones, cameras = _count(published, _BACKBONE), len(told.cameras or ())
+    if backbones == 0:
         raise ExportError(f"{path} is an ACT that sees states and no cameras, which is not supported")
+    if backbones > 1 and backbones != cameras:
+        raise ExportError(
+            f"{path}: trained with {backbones} cameras, but --cameras names {cameras}; name all of them in training's "
+            "order"
+        )
     chunk_size, dim = _shape(published, "query_embed.weight", 2, path)
     return {
         "type": "act",
@@ -211,6 +218,7 @@ def _act_config(published: Mapping[str, torch.Tensor], path: Path) -> dict[str, 
         "latent_dim": _shape(published, "latent_out_proj.weight", 2, path)[1],
         "n_vae_encoder_layers": _count(published, r"encoder\.layers\.(\d+)\."),
         "temporal_ensemble_coeff": None,
+        "separate_backbones": backbones > 1,
     }
 
 
@@ -238,14 +246,17 @@ def _shape(published: Mapping[str, torch.Tensor], name: str, dimensions: int, pa
     return tuple(tensor.shape)
 
 
-def _renamed(published: Mapping[str, torch.Tensor], path: Path) -> dict[str, torch.Tensor]:
+def _renamed(published: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Under LeRobot's names, where a single backbone has no number."""
+    separate = _count(published, _BACKBONE) > 1
+    names = ((_BACKBONE + r"0\.body\.", r"backbone.\1." if separate else "backbone."), *_NAMES)
     weights: dict[str, torch.Tensor] = {}
     for name, tensor in published.items():
         bare = name.removeprefix(PREFIX)
-        for pattern, replacement in _NAMES:
+        for pattern, replacement in names:
             if name.startswith(PREFIX) and (match := re.match(pattern, bare)):
                 if replacement is not None:
-                    weights[PREFIX + replacement + bare[match.end() :]] = tensor
+                    weights[PREFIX + match.expand(replacement) + bare[match.end() :]] = tensor
                 break
         else:
             weights[name] = tensor  # which the family refuses by its name
