@@ -3,8 +3,8 @@
 Every way of sampling answers the same observations from the same noise, in the engine that a device runs. Each is
 compared with the full schedule (DDIM over all trained steps: with noise given, it is what the others approximate), with
 what was demonstrated, and by its jerk and its time. The recommendation is the fewest steps that stay close to the full
-schedule by all of these. Distances to demonstrations and jerk do not care which of several modes a sample chose; the
-distance to the full schedule does, so it is a median. Success in a cell is not measured here.
+schedule by all of these. Where a task has several modes, any distance also counts who chose another one, so the one to
+the full schedule is a median; jerk does not care. Success in a cell is not measured here.
 """
 
 from __future__ import annotations
@@ -100,13 +100,14 @@ def sweep(
     """
     say = progress or (lambda what: None)
     say("reading the checkpoint")
-    chosen = Choices(told=told or Told())
-    source, policy = read_policy(checkpoint, chosen.told, chosen.sampling)
+    told = told or Told()
+    source, policy = read_policy(checkpoint, told, Sampling())
     if not isinstance(policy, DiffusionPolicy):
         raise ExportError(f"{source.path}: {policy.family} answers at once; there are no denoising steps to sweep")
     if not isinstance(policy.samplers, DiffusionSamplers):
         raise ExportError(f"{source.path} is distilled: it samples in {policy.sampler.steps} steps and no other way")
-    names, manifest = input_names(source, policy), draft_manifest(source, policy, chosen)
+    joints = [f"joint_{index}" for index in range(policy.action_size)]  # their names make no difference here
+    names, manifest = input_names(source, policy), draft_manifest(source, policy, Choices(joints=joints, told=told))
     say("reading the episodes")
     recording = open_episodes(episodes)
     shapes = {names[name]: shape for name, shape in policy.inputs.shapes().items()}
