@@ -20,7 +20,7 @@ from export.errors import ExportError
 from export.readers.safe_pickle import Inert
 
 DEEPEST = 40  # levels of a configuration, and of interpolations that lead to interpolations
-MOST = 1 << 20  # values and characters: parts that are shared, or follow each other, unfold without end
+MOST = 1 << 17  # values and characters: parts that are shared, or follow each other, unfold without end
 LONGEST_SUM = 200  # characters
 _MISSING = object()
 _ARITHMETIC = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.FloorDiv: operator.floordiv}
