@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from export.diffusion.consistency import consistency
 from export.diffusion.samplers import ConsistencySamplers
 from export.distillation.features import episodes_identity, recorded_features
 from export.distillation.gate import Verdict
@@ -28,7 +29,7 @@ from export.distillation.recorded import Recorded
 from export.distillation.report import print_verdict
 from export.distillation.student import provenance, refuse_occupied_student, write_student
 from export.distillation.teacher import Teacher, read_teacher
-from export.distillation.training import Training
+from export.distillation.training import Training, stopping
 from export.episodes import Episodes, check_episodes, open_episodes, split
 from export.errors import ExportError
 from export.units import SO101_JOINTS
@@ -75,6 +76,8 @@ def distill(
     shown = console or Console(stderr=True, quiet=True)
     refuse_occupied_student(out, overwrite)
     source = read_teacher(teacher)
+    if options.timesteps is not None:
+        consistency(source.schedule, options.timesteps)  # raises for what cannot be, before an hour of training
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     work = _work_folder(out)
     material = _material(source, episodes, options, work, device, shown)
@@ -142,12 +145,13 @@ def run_distill(
 def _train(training: Training, options: Options, device: torch.device, console: Console) -> float | None:
     began, cpu = training.step, time.process_time()
     whole = f"{options.train_steps} steps" + (f" or {options.minutes:g} minutes" if options.minutes else "")
-    threads = f"{options.threads} threads" if device.type == "cpu" else str(device)
-    console.print(f"learning for {whole}, {options.batch} horizons a step, on {threads}", highlight=False)
-    if began:
-        console.print(f"goes on from step {began}", highlight=False)
-    with TrainingBar(console, training.step, training.seconds) as bar:
-        finished = training.run(bar.report)
+    where = f"{options.threads} threads" if device.type == "cpu" else str(device)
+    with stopping() as stopped:
+        console.print(f"learning for {whole}, {options.batch} horizons a step, on {where}", highlight=False)
+        if began:
+            console.print(f"goes on from step {began}", highlight=False)
+        with TrainingBar(console, training.step, training.seconds) as bar:
+            finished = training.run(bar.report, stopped)
     if not finished:
         raise ExportError(f"stopped at step {training.step}; the same command goes on from there")
     steps = training.step - began

@@ -80,7 +80,7 @@ def _kept(path: Path, frames: int) -> Features | None:
     """The file's features; None where there is none, or one that is cut off and has to be made again."""
     try:
         features = np.load(path, mmap_mode="r")
-    except (OSError, ValueError):
+    except (OSError, ValueError, EOFError):
         return None
     return features if features.ndim == 2 and len(features) == frames and features.dtype == np.float32 else None
 
@@ -129,7 +129,7 @@ def _resumable(partial: Path, note: Path, shape: tuple[int, int]) -> int:
     try:
         done = int(json.loads(note.read_text())["frames"])
         fits = np.load(partial, mmap_mode="r").shape == shape
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, EOFError, KeyError, TypeError):
         return 0
     return done if fits else 0
 

@@ -24,6 +24,7 @@ def print_verdict(console: Console, verdict: Verdict, joints: Sequence[str]) -> 
         row = [f"{value:.4f}" for value in (check.teacher, check.found, check.limit)]
         table.add_row(check.name, *row, "ok" if check.passed else "FAILED", "" if value is None else f"{value:.4f}")
     table.add_row("spread of the samples", f"{verdict.teacher.spread:.4f}", f"{verdict.student.spread:.4f}", "", "")
+    table.caption = f"jerk of the demonstrations: {verdict.demonstrated_jerk:.4f}"
     console.print(table)
     by_joint = Table(title="By joint, in its own units: teacher, student")
     for column in ("", "nearest teacher sample", "demonstration", "jerk"):

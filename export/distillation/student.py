@@ -92,6 +92,7 @@ def provenance(
             "teacher": dataclasses.asdict(verdict.teacher),
             "student": dataclasses.asdict(verdict.student),
             "teacher_in_as_few_steps": None if verdict.hurried is None else dataclasses.asdict(verdict.hurried),
+            "demonstrated_jerk": verdict.demonstrated_jerk,
             "variety": verdict.variety,
             "units": "distances and jerk in normalised actions, *_joints in joint units; success was not measured",
         },

@@ -93,14 +93,14 @@ class Training:
         """The student: the moving average of what was learnt, on the CPU."""
         return {name: value.detach().cpu().clone() for name, value in self._average.items()}
 
-    def run(self, report: Report) -> bool:
-        """Learn until the steps or the minutes are spent; False where it was told to stop before, by a signal.
+    def run(self, report: Report, stopped: Callable[[], bool]) -> bool:
+        """Learn until the steps or the minutes are spent; False where it `stopped` before.
 
         Either way the state is kept. Raises ExportError where it cannot be, and where the loss is not finite.
         """
         kept_at = time.monotonic()
-        with stopping() as stop, self._workers() as workers:
-            while self.share < 1 and not stop():
+        with self._workers() as workers:
+            while self.share < 1 and not stopped():
                 began = time.monotonic()
                 self._learn(workers)
                 self.seconds += time.monotonic() - began
