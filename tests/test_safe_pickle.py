@@ -391,7 +391,7 @@ def test_a_tensor_that_leaves_or_repeats_its_storage_is_refused(tmp_path: Path, 
             return torch._utils._rebuild_tensor_v2, (flat.storage(), offset, size, stride, False, OrderedDict())
 
     path = save(tmp_path / "policy.ckpt", {"a": View()})
-    with pytest.raises(ExportError, match="a tensor of"):
+    with pytest.raises(ExportError, match=r"\(\w+: a tensor (of|without)"):
         load_torch(path)
 
 

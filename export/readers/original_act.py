@@ -5,9 +5,9 @@ the robot: camera names, picture size, rate and units are asked for. Its policy 
 act under LeRobot's names, CNNMLP (plain behaviour cloning) one of type cloning under its own. Only the first decoder
 layer of ACT is kept: the code takes element 0 of the stack of all layers' outputs, so the others are dead weight, which
 is why LeRobot has one layer. Training on real arms paired an observation with the action before it (utils.py), which
-changes nothing here: the first action of a chunk is meant for now. Nothing is run that a file holds. Source: github.com/tonyzhaozh/act, imitate_episodes.py,
-policy.py, detr/models/detr_vae.py and transformer.py; forks with a backbone for each camera (act-plus-plus) are told
-apart by their tensors.
+changes nothing here: the first action of a chunk is meant for now. Nothing is run that a file holds. Source:
+github.com/tonyzhaozh/act, imitate_episodes.py, policy.py, detr/models/detr_vae.py and transformer.py; forks with a
+backbone for each camera (act-plus-plus) are told apart by their tensors.
 """
 
 from __future__ import annotations
