@@ -1,4 +1,4 @@
-"""Plain behaviour cloning: the original ACT repository's CNNMLP, equal to its network, and refused where it cannot be."""
+"""Plain behaviour cloning: the original CNNMLP, equal to its network, and refused where it cannot be."""
 
 from __future__ import annotations
 
