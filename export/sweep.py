@@ -24,8 +24,8 @@ from device.arrays import Array
 from device.bundle import Bundle
 from device.engine import infer_observation, open_engine
 from device.manifest import Manifest
+from export.bundling import Choices, draft_manifest, input_names
 from export.checkpoint import Told
-from export.command import Choices, draft_manifest, input_names
 from export.diffusion.policy import DiffusionPolicy
 from export.diffusion.samplers import DiffusionSamplers
 from export.episodes import Sample, check_episodes, open_episodes, sample_observations

@@ -20,8 +20,8 @@ import torch
 
 from device.bundle import Bundle
 from device.engine import infer_observation, open_engine
+from export.bundling import ExportReport, export_checkpoint
 from export.checkpoint import Told
-from export.command import ExportReport, export_checkpoint
 from export.errors import ExportError
 from export.families import read_policy
 from export.readers.diffusion_policy import find_payload, read_payload

@@ -20,7 +20,7 @@ from device.arrays import dump_arrays
 from device.bundle import Bundle
 from device.engine import open_engine
 from device.errors import BundleError
-from export.command import export_checkpoint
+from export.bundling import export_checkpoint
 from export.errors import ExportError
 from firmware_bridge.calibration import Unit
 from fixtures.checkpoint_files import (

@@ -17,7 +17,7 @@ import torch
 
 from device.bundle import Bundle
 from device.engine import open_engine
-from export.command import export_checkpoint
+from export.bundling import export_checkpoint
 from export.errors import ExportError
 from export.units import TrainedIn
 from fixtures.original_act_files import make_policy, make_statistics, observe, write_folder

@@ -20,8 +20,8 @@ import torch
 
 from device.bundle import Bundle
 from device.engine import infer_observation, open_engine
+from export.bundling import export_checkpoint
 from export.checkpoint import Told
-from export.command import export_checkpoint
 from export.diffusion.lerobot import read_diffusion
 from export.diffusion.policy import DiffusionPolicy
 from export.diffusion.samplers import ConsistencySamplers

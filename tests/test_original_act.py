@@ -18,7 +18,7 @@ import torch
 
 from device.bundle import Bundle
 from device.engine import open_engine
-from export.command import export_checkpoint
+from export.bundling import export_checkpoint
 from export.errors import ExportError
 from export.units import TrainedIn
 from firmware_bridge.calibration import Unit
