@@ -25,7 +25,7 @@ from export.diffusion.samplers import Samplers
 from export.diffusion.unet import UNet, time_embedding, unet
 from export.errors import ExportError
 from export.networks.graph import GraphOperations
-from export.networks.operations import Array, Operations, T, TorchOperations
+from export.networks.operations import Array, Operations, T, TorchOperations, one_thread
 from export.normalize import Normalizer
 from export.policy import Authored, Inputs
 from export.precision import Precision, Storage
@@ -117,7 +117,7 @@ class DiffusionPolicy:
 
     def reference(self, inputs: Mapping[str, Array]) -> Array:
         """See Policy.reference."""
-        with torch.inference_mode():
+        with torch.inference_mode(), one_thread():
             condition, ops = self.condition(inputs), TorchOperations(self.weights, {})
 
             def network(sample: Float32, time: Float64) -> Float32:

@@ -11,7 +11,8 @@ a graph.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -181,3 +182,15 @@ class TorchOperations:
 
     def _float(self, values: Array) -> torch.Tensor:
         return torch.from_numpy(values.astype(np.float32)).to(self._device)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """PyTorch on one core while a network runs many times in a row: threads that wait for each other on a busy machine
+    have been seen to take a hundred times as long, and one observation gives two of them little to do."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
