@@ -182,7 +182,14 @@ def _write(
     robot_inputs = {names.get(name, name): array for name, array in inputs.items()}
     partial.write_golden(robot_inputs | {ACTION: expected})
     partial.write_pictures(_pictures(source, policy, seen))
-    error = fidelity.prove(partial.path, manifest, robot_inputs, expected)
+    error = fidelity.prove(
+        partial.path, manifest, robot_inputs, expected, lambda: fidelity.unsteadiness(stored, inputs, expected)
+    )
+    if error > fidelity.TOLERANCE:
+        source.warnings.append(
+            f"the bundle differs from PyTorch by {error:.2g} joint units, as PyTorch would from itself on another "
+            "machine: the policy's sampler amplifies roundings, which a trained policy's should not"
+        )
     measured = Fidelity(weights=chosen.storage.value, max_error=error, max_rounding_error=rounding)
     written = Lowered(authored, measured, ())
     if chosen.precision is not Precision.fp32:

@@ -22,6 +22,7 @@ from device.engine import open_engine
 from device.errors import BundleError
 from export.bundling import export_checkpoint
 from export.errors import ExportError
+from export.fidelity import prove
 from firmware_bridge.calibration import Unit
 from fixtures.checkpoint_files import (
     POST_STATE,
@@ -357,3 +358,14 @@ def test_an_observation_that_is_no_npz_is_refused(small: Path, scratch: Path) ->
     (scratch / "seen.npz").write_text("no")
     with pytest.raises(BundleError, match=r"seen\.npz cannot be read"):
         export_checkpoint(small, scratch / "bundle", observation=scratch / "seen.npz")
+
+
+def test_a_bundle_is_refused_beyond_what_rounding_does_to_pytorch_itself(plain: Path, scratch: Path) -> None:
+    bundle = Bundle.open(export_checkpoint(plain, scratch / "bundle").path)
+    inputs, expected = bundle.golden()
+    for unsteadiness in (0.0, 1e-4):
+        with pytest.raises(ExportError, match=r"differs from PyTorch by 0\.01 joint units"):
+            prove(bundle.path, bundle.manifest, inputs, expected + 0.01, lambda found=unsteadiness: found)
+    assert prove(bundle.path, bundle.manifest, inputs, expected + 0.01, lambda: 1e-3) == pytest.approx(0.01, abs=1e-3)
+    with pytest.raises(ExportError, match="NaN or infinity"):
+        prove(bundle.path, bundle.manifest, inputs, np.full_like(expected, np.nan), lambda: np.inf)
