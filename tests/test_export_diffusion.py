@@ -118,7 +118,7 @@ def refusal(checkpoint: Path, **options: Any) -> str:
 def test_every_variant_gives_the_actions_that_lerobot_gives(variant: str, scratch: Path) -> None:
     report = export_checkpoint(write_checkpoint(scratch / "checkpoint", VARIANTS[variant]), scratch / "bundle")
     assert report.family == "diffusion"
-    assert report.nodes < 600
+    assert report.nodes < 750
     action = run(report.path, variant)
     assert action.shape == CURRENT[f"{variant}/action"].shape
     assert np.abs(action - CURRENT[f"{variant}/action"]).max() < TOLERANCE

@@ -153,12 +153,12 @@ def _pair(ops: Operations[T], net: UNet, blocks: Iterator[_Block], x: T, told: T
 
 def _residual(ops: Operations[T], net: UNet, block: _Block, x: T, told: T) -> T:
     name, width = block.name, block.width
-    film = ops.linear(told, f"{name}.cond_encoder.1")
+    film = ops.reshape(ops.linear(told, f"{name}.cond_encoder.1"), -1, width * (2 if net.film_scale else 1), 1)
     inner = _convolution(ops, net, f"{name}.conv1", x, net.groups)
     if net.film_scale:
-        scale, film = ops.slice(film, 1, 0, width), ops.slice(film, 1, width, 2 * width)
-        inner = ops.mul(inner, ops.reshape(scale, -1, width, 1))
-    inner = ops.add(inner, ops.reshape(film, -1, width, 1))
+        inner = ops.mul(inner, ops.slice(film, 1, 0, width))
+        film = ops.slice(film, 1, width, 2 * width)
+    inner = ops.add(inner, film)
     inner = _convolution(ops, net, f"{name}.conv2", inner, net.groups)
     return ops.add(inner, x if block.inputs == width else ops.conv(x, f"{name}.residual_conv"))
 
