@@ -30,6 +30,7 @@ from device.engine import open_engine
 from export.bundling import export_checkpoint
 from export.diffusion import sampler
 from export.diffusion.consistency import consistency, consistency_function
+from export.diffusion.lerobot import STUDENT, STUDENT_RECORD
 from export.diffusion.samplers import ConsistencySamplers
 from export.diffusion.solvers import ddim
 from export.distillation import features as features_module
@@ -38,13 +39,15 @@ from export.distillation.features import episodes_identity, recorded_features
 from export.distillation.loss import LevelDraws, Levels, consistency_loss
 from export.distillation.options import Limits, Options
 from export.distillation.recorded import Recorded
-from export.distillation.sampling import answers
+from export.distillation.sampling import repeated
 from export.distillation.state import STATE, load_state, save_state
-from export.distillation.student import PROVENANCE, SAMPLER, write_student
+from export.distillation.student import write_student
 from export.distillation.teacher import Teacher, read_teacher
 from export.distillation.training import Status, Training, stopping
 from export.episodes import open_episodes
 from export.errors import ExportError
+from export.families import read_policy
+from export.sampling import Sampling
 from fixtures.checkpoint_files import change_json, write_checkpoint
 from fixtures.tiny_teacher import LENGTH, recorded, train, write_episodes, write_untrained
 from real_lerobot import lerobot_python
@@ -205,14 +208,14 @@ def test_levels_with_a_loss_are_drawn_more_often_and_weighed_less() -> None:
 def test_samples_of_a_batch_are_those_of_the_table(teacher: Path, material: Recorded) -> None:
     parent = read_teacher(teacher)
     table = consistency(parent.schedule, (45, 20))
-    condition = material.conditions(np.array([30]))
-    found = answers(parent.with_weights(parent.weights, CPU), table, condition, parent.shape, seed=3)
-    generator = torch.Generator().manual_seed(3)
-    noise = [torch.randn(1, *parent.shape, generator=generator)[0].numpy() for _ in range(2)]
-    network = denoiser(parent, condition)
-
-    expected = sampler.run(table, in_numpy(network), noise[0], np.stack([noise[1], noise[1]]))
-    np.testing.assert_allclose(found[0].numpy(), expected[-1], atol=1e-5)
+    conditions = material.conditions(np.array([30, 90]))
+    ask = parent.with_weights(parent.weights, CPU)
+    found = repeated(ask, table, conditions, 40, parent.shape, seed=3, threads=2)
+    assert found.shape == (2, 40, *parent.shape)
+    rng = np.random.default_rng([3, 1])  # the second batch of 64
+    noise = [rng.standard_normal((16, *parent.shape), np.float32)[5] for _ in range(2)]
+    expected = sampler.run(table, in_numpy(denoiser(parent, conditions[1:])), noise[0], np.stack([noise[1], noise[1]]))
+    np.testing.assert_allclose(found[1, 24 + 5], expected[-1], atol=1e-4)
 
 
 # What it leaves behind
@@ -224,7 +227,7 @@ def test_the_student_is_a_lerobot_checkpoint_of_which_only_the_network_differs(
     same = [path.name for path in teacher.iterdir() if path.name != "model.safetensors"]
     for name in same:
         assert (distilled.path / name).read_bytes() == (teacher / name).read_bytes()
-    assert {path.name for path in distilled.path.iterdir()} == {*same, "model.safetensors", SAMPLER, PROVENANCE}
+    assert {path.name for path in distilled.path.iterdir()} == {*same, "model.safetensors", STUDENT, STUDENT_RECORD}
     before, after = (load_file(path / "model.safetensors") for path in (teacher, distilled.path))
     assert before.keys() == after.keys()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
@@ -243,7 +246,7 @@ def test_export_takes_the_student_with_the_sampler_it_was_distilled_for(
 
 
 def test_provenance_says_how_to_do_it_again_and_what_the_gate_found(distilled: DistillReport, teacher: Path) -> None:
-    document = json.loads((distilled.path / PROVENANCE).read_text())
+    document = json.loads((distilled.path / STUDENT_RECORD).read_text())
     assert document["teacher"]["files"]["model.safetensors"] == read_teacher(teacher).identity
     assert document["options"]["seed"] == 0 and document["training"]["steps"] == 300
     assert len(document["episodes"]["held_out"]) == EPISODES / 4
@@ -332,7 +335,7 @@ def test_the_process_can_be_terminated_and_the_same_command_goes_on(
     again = subprocess.run([*command, "--train-steps", str(steps), "--force"], capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
     assert stopped[1] == "0" or f"goes on from step {stopped[1]}" in again.stderr
-    assert json.loads((tmp_path / "student" / PROVENANCE).read_text())["training"]["steps"] == steps
+    assert json.loads((tmp_path / "student" / STUDENT_RECORD).read_text())["training"]["steps"] == steps
 
 
 def test_a_state_that_is_cut_off_is_refused_by_name(tmp_path: Path, teacher: Path, material: Recorded) -> None:
@@ -483,7 +486,9 @@ def test_a_failing_student_is_written_with_its_verdict_and_is_exit_code_1_unless
 ) -> None:
     fields = dataclasses.asdict(FEW) | {"timesteps": "1,0"}
     assert run_distill(teacher, episodes, tmp_path / "student", **fields) is False
-    assert json.loads((tmp_path / "student" / PROVENANCE).read_text())["gate"]["passed"] is False
+    assert json.loads((tmp_path / "student" / STUDENT_RECORD).read_text())["gate"]["passed"] is False
+    warnings = read_policy(tmp_path / "student", Told(), Sampling())[0].warnings
+    assert any("failed its gate" in warning for warning in warnings)
     shown = capsys.readouterr()
     assert "FAILED" in shown.out and "the gate failed" in shown.err
     assert run_distill(teacher, episodes, tmp_path / "student", **fields, overwrite=True, force=True) is True
@@ -508,7 +513,7 @@ def test_what_cannot_be_distilled_is_refused(tmp_path: Path, untrained: Path, fe
     sample = write_untrained(tmp_path / "sample", prediction_type="sample")
     assert "only policies that predict the noise" in refusal(sample, few_episodes, out)
     student = shutil.copytree(untrained, tmp_path / "already")
-    (student / SAMPLER).write_text(json.dumps({"solver": "consistency", "timesteps": [49, 25]}))
+    (student / STUDENT).write_text(json.dumps({"solver": "consistency", "timesteps": [49, 25]}))
     assert "is a student already, of 2 steps" in refusal(student, few_episodes, out)
     act = write_checkpoint(tmp_path / "act", "environment_state_only_unmapped")
     assert "act answers at once already" in refusal(act, few_episodes, out)

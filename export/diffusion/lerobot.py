@@ -28,6 +28,7 @@ from export.sampling import Sampling
 
 PREFIX = "diffusion."  # of every published tensor name
 STUDENT = "sampler.json"
+STUDENT_RECORD = "distillation.json"  # where a student comes from, and what its gate found
 PREDICTIONS = ("epsilon", "sample")  # what LeRobot takes
 SOLVERS = {"DDPM": "ddpm", "DDIM": "ddim"}
 # Fields that came after LeRobot 0.3.3, and what was done before they came.
@@ -140,9 +141,20 @@ def read_samplers(checkpoint: Checkpoint) -> Samplers:
     student = checkpoint.path / STUDENT
     if student.is_file():
         checkpoint.source_files[STUDENT] = file_sha256(student)
+        _warn_of_failed_gate(checkpoint)
         return read_student(read_json(student), schedule, str(student))
     steps = trained if _given(checkpoint, "num_inference_steps") is None else integer(checkpoint, "num_inference_steps")
     return DiffusionSamplers(schedule=schedule, solver=SOLVERS[scheduler], steps=steps)
+
+
+def _warn_of_failed_gate(checkpoint: Checkpoint) -> None:
+    record = checkpoint.path / STUDENT_RECORD
+    if not record.is_file():
+        return
+    gate = read_json(record).get("gate")
+    if isinstance(gate, dict) and gate.get("passed") is not True:
+        objections = "; ".join(str(objection) for objection in gate.get("objections", []))
+        checkpoint.warnings.append(f"{record}: the student failed its gate against its teacher: {objections}")
 
 
 def _framing(checkpoint: Checkpoint) -> Framing:

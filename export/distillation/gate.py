@@ -109,7 +109,12 @@ def judge(
             of_student.demonstrated,
             limits.demonstrated_ratio * of_teacher.demonstrated + limits.floor,
         ),
-        Check("jerk", of_teacher.jerk, of_student.jerk, limits.jerk_ratio * max(of_teacher.jerk, natural)),
+        Check(
+            "jerk",
+            of_teacher.jerk,
+            of_student.jerk,
+            limits.jerk_ratio * max(of_teacher.jerk, natural) + limits.jerk_floor,
+        ),
     )
     variety = of_student.spread / of_teacher.spread if of_teacher.spread > 0 else 1.0
     of_hurried = None if hurried is None else measure(hurried, teacher, demonstrated, units)

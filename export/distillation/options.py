@@ -57,11 +57,13 @@ class Options:
 @dataclass(frozen=True)
 class Limits:
     """A student fails above any of these. Distances are mean absolute differences in normalised actions, whose range
-    is 2; jerk is the mean absolute third difference of the chunk, in the same. `floor` is added to the limits of
-    distance, for teachers that are so sure of themselves that a ratio says nothing."""
+    is 2; jerk is the root mean square of the chunk's third difference, in the same. The floors are added to the
+    limits, for teachers that are so sure of themselves that a ratio says nothing: jerk of 0.01 is a tremble of 0.002,
+    a tenth of a degree in a joint that moves by 90, which is within the backlash of a small servo."""
 
     nearest_ratio: float = 1.5  # to the nearest of the teacher's samples, against the teacher's own to each other
     worst_ratio: float = 2.0  # the same, of the observations' 95th percentile: answers between two modes
     demonstrated_ratio: float = 1.15  # to what was demonstrated, against the teacher's
     jerk_ratio: float = 1.5  # against the teacher's, or the demonstration's where that is more
     floor: float = 0.005
+    jerk_floor: float = 0.01

@@ -75,8 +75,16 @@ class Questions:
 
     def _samples(self, ask: Denoise, table: SamplerTable, recorded: Recorded, frames: Frames, seed: int) -> Samples:
         conditions = recorded.conditions(frames).to(self._device)
-        count, shape = self._options.samples, self._teacher.shape
-        return self._teacher.chunk(repeated(ask, table, conditions, count, shape, self._options.seed + seed))
+        found = repeated(
+            ask,
+            table,
+            conditions,
+            self._options.samples,
+            self._teacher.shape,
+            seed=self._options.seed + seed,
+            threads=self._options.threads if self._device.type == "cpu" else 1,
+        )
+        return self._teacher.chunk(found)
 
     def _demonstrated(self, recorded: Recorded, frames: Frames) -> Samples:
         found: Samples = self._teacher.chunk(self._teacher.normalized(recorded.horizons(frames))).astype(np.float32)

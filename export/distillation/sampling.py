@@ -11,47 +11,52 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from export.diffusion.sampler import COLUMNS, SamplerTable
+from export.distillation.workers import workers
 
 Denoise = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(x [B, H, A], timesteps int64 [B], condition [B, G]) to the network's output [B, H, A]."""
-BATCH = 256
-
-
-@torch.no_grad()
-def answers(denoise: Denoise, table: SamplerTable, conditions: Tensor, shape: tuple[int, int], seed: int) -> Tensor:
-    """One sample for each of `conditions` [N, G]: normalised actions float32 [N, H, A], `shape` being (H, A)."""
-    generator = torch.Generator().manual_seed(seed)  # on the CPU, so that a seed means the same on every machine
-
-    def draw(count: int) -> Tensor:
-        return torch.randn(count, *shape, generator=generator).to(conditions.device)
-
-    parts = [_run(denoise, table, part, draw) for part in torch.split(conditions, BATCH)]
-    return torch.cat(parts)
+Samples = NDArray[np.float32]
+BATCH = 64
 
 
 def repeated(
-    denoise: Denoise, table: SamplerTable, conditions: Tensor, count: int, shape: tuple[int, int], seed: int
-) -> np.ndarray[tuple[int, int, int, int], np.dtype[np.float32]]:
-    """`count` samples for each of `conditions` [N, G], every one from noise of its own: float32 [N, K, H, A]."""
-    found = answers(denoise, table, conditions.repeat_interleave(count, dim=0), shape, seed)
-    result: np.ndarray[tuple[int, int, int, int], np.dtype[np.float32]] = found.reshape(-1, count, *shape).cpu().numpy()
-    return result
+    denoise: Denoise,
+    table: SamplerTable,
+    conditions: Tensor,
+    count: int,
+    shape: tuple[int, int],
+    seed: int,
+    threads: int,
+) -> Samples:
+    """`count` samples for each of `conditions` [N, G], every one from noise of its own: normalised actions float32
+    [N, K, H, A], `shape` being (H, A). `threads` change nothing but the time it takes."""
+    parts = list(enumerate(torch.split(conditions.repeat_interleave(count, dim=0), BATCH)))
+    with workers(threads) as pool:
+        found = list(pool.map(lambda part: _run(denoise, table, part[1], shape, [seed, part[0]]), parts))
+    return np.concatenate(found).reshape(-1, count, *shape)
 
 
-def _run(denoise: Denoise, table: SamplerTable, condition: Tensor, draw: Callable[[int], Tensor]) -> Tensor:
-    """As `export.diffusion.sampler.run`, for a batch."""
-    count = len(condition)
-    x = draw(count) * table.initial_scale
+@torch.no_grad()
+def _run(denoise: Denoise, table: SamplerTable, condition: Tensor, shape: tuple[int, int], seed: list[int]) -> Samples:
+    """As `export.diffusion.sampler.run`, for a batch: float32 [B, H, A]."""
+    rng, size = np.random.default_rng(seed), (len(condition), *shape)
+
+    def draw() -> Tensor:
+        return torch.from_numpy(rng.standard_normal(size, np.float32)).to(condition.device)
+
+    x = draw() * table.initial_scale
     previous = torch.zeros_like(x)
     for time, row in zip(table.times, table.coefficients.tolist(), strict=True):
         k = dict(zip(COLUMNS, row, strict=True))
-        m = denoise(k["c_in"] * x, torch.full((count,), int(time), device=x.device), condition)
+        m = denoise(k["c_in"] * x, torch.full(size[:1], int(time), device=x.device), condition)
         denoised = (k["p_x"] * x + k["p_m"] * m).clamp(-k["clip"], k["clip"])
         x = k["k_denoised"] * denoised + k["k_x"] * x + k["k_m"] * m + k["k_previous"] * previous
         if k["k_noise"]:
-            x = x + k["k_noise"] * draw(count)
+            x = x + k["k_noise"] * draw()
         previous = denoised
-    return x
+    found: Samples = x.cpu().numpy()
+    return found

@@ -19,6 +19,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from export.bundle_writer import partial_bundle
+from export.diffusion.lerobot import PREFIX, STUDENT, STUDENT_RECORD
 from export.diffusion.samplers import ConsistencySamplers
 from export.distillation.gate import Verdict
 from export.distillation.options import Limits, Options
@@ -26,8 +27,6 @@ from export.distillation.teacher import Teacher
 from export.errors import ExportError
 from export.readers.lerobot import CONFIG, TRAINING_CONFIG
 
-SAMPLER = "sampler.json"
-PROVENANCE = "distillation.json"
 METHOD = "consistency distillation (arXiv:2303.01469)"
 
 
@@ -37,7 +36,7 @@ def refuse_occupied_student(out: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise ExportError(f"{out} exists already; give another --out, or --overwrite")
-    if not (out / PROVENANCE).is_file():
+    if not (out / STUDENT_RECORD).is_file():
         raise ExportError(f"{out} is no distilled student, so it is not overwritten; give another --out")
 
 
@@ -61,8 +60,8 @@ def write_student(
         partial.write(
             {
                 source.weights_path.name: _with_weights(teacher, weights),
-                SAMPLER: _json(samplers.document()),
-                PROVENANCE: _json(record),
+                STUDENT: _json(samplers.document()),
+                STUDENT_RECORD: _json(record),
             }
         )
 
@@ -118,6 +117,3 @@ def _with_weights(teacher: Teacher, weights: Mapping[str, Tensor]) -> bytes:
 
 def _json(document: Mapping[str, Any]) -> bytes:
     return (json.dumps(document, indent=2) + "\n").encode()
-
-
-PREFIX = "diffusion."  # of LeRobot's names, before the policy's

@@ -2,8 +2,7 @@
 
 `command` runs it between the features and the gate. Each step's draws come from the seed and the step's number alone,
 so a training that was stopped and went on learns what it would have learnt in one go. It can be stopped at any moment:
-state is kept every few minutes and on SIGINT and SIGTERM. On a CPU each thread takes a part of every batch, since small
-convolutions in one dimension gain little from torch's own threads.
+state is kept every few minutes and on SIGINT and SIGTERM. On a CPU each thread takes a part of every batch.
 """
 
 from __future__ import annotations
@@ -29,6 +28,7 @@ from export.distillation.options import Options
 from export.distillation.recorded import Recorded
 from export.distillation.state import load_state, save_state
 from export.distillation.teacher import Teacher
+from export.distillation.workers import workers
 from export.errors import ExportError
 
 WARM_UP_STEPS = 100
@@ -99,10 +99,10 @@ class Training:
         Either way the state is kept. Raises ExportError where it cannot be, and where the loss is not finite.
         """
         kept_at = time.monotonic()
-        with self._workers() as workers:
+        with workers(self._shares) as pool:
             while self.share < 1 and not stopped():
                 began = time.monotonic()
-                self._learn(workers)
+                self._learn(pool)
                 self.seconds += time.monotonic() - began
                 report(self.status)
                 if time.monotonic() - kept_at > SAVE_EVERY_S:
@@ -136,7 +136,7 @@ class Training:
             },
         )
 
-    def _learn(self, workers: ThreadPoolExecutor) -> None:
+    def _learn(self, pool: ThreadPoolExecutor) -> None:
         rng = np.random.default_rng([self._options.seed, self.step])
         index = self._recorded.draw(self._options.batch, rng)
         actions = torch.from_numpy(self._normalized(self._recorded.horizons(index)))
@@ -144,7 +144,7 @@ class Training:
         n, factors = self._draws.draw(len(index), rng)
         batch = [self._recorded.conditions(index), actions, epsilon, n, factors]
         parts = [[part[i :: self._shares].to(self._device) for part in batch] for i in range(self._shares)]
-        found = list(workers.map(self._gradients, parts))
+        found = list(pool.map(self._gradients, parts))
         losses = torch.empty(len(index))
         for i, (loss, _) in enumerate(found):
             losses[i :: self._shares] = loss
@@ -191,21 +191,6 @@ class Training:
 
     def _copied(self, weights: Mapping[str, Tensor]) -> Weights:
         return {name: tensor.detach().to(self._device, copy=True) for name, tensor in weights.items()}
-
-    @contextmanager
-    def _workers(self) -> Iterator[ThreadPoolExecutor]:
-        if self._device.type == "cuda":
-            with ThreadPoolExecutor(1) as one:
-                yield one
-            return
-        before = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            # The number of threads inside an operation is a setting of each thread that asks for it.
-            with ThreadPoolExecutor(self._shares, initializer=torch.set_num_threads, initargs=(1,)) as workers:
-                yield workers
-        finally:
-            torch.set_num_threads(before)
 
 
 @contextmanager
