@@ -17,6 +17,7 @@ import onnxruntime
 from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
 from safetensors.numpy import load_file
 
 from device.arrays import dump_arrays
@@ -32,6 +33,7 @@ from export.errors import ExportError
 from export.families import read_policy
 from export.precision import Precision, Storage
 from export.quantize import LEVELS, SHY_LEVELS, SIGNED_ZERO, UNSIGNED_ZERO, plan, quantize
+from export.rounding import with_roundings
 from export.sampling import Sampling
 from fixtures.checkpoint_files import change_tensors, write_checkpoint
 from fixtures.recipe import VARIANTS, observation, uniform
@@ -351,14 +353,29 @@ def test_ranges_are_the_largest_magnitudes_seen() -> None:
 def test_half_precision_is_measured_joint_by_joint_on_recorded_observations(
     whole: ExportReport, half: ExportReport, recordings: Path
 ) -> None:
+    """As a GPU rounds: onnxruntime's CPU, which the bundle runs on here, leaves most roundings out."""
     observed = [each.observation for each in sample_observations(open_episodes(recordings), 64, 0, horizon=1)]
-    errors = np.abs(answers(half.path, observed) - answers(whole.path, observed))
+    rounding = with_roundings(onnx.load(half.path / POLICY))
+    errors = np.abs(np.stack([run(rounding, each) for each in observed]) - answers(whole.path, observed))
     measured = Bundle.open(half.path).manifest.fidelity
     assert measured.precision == "fp16"
     assert measured.observations == len(observed) == 48
     assert measured.joint_errors == pytest.approx(errors.max((0, 1)), rel=0.02)
     assert list(half.joint_errors.values()) == list(measured.joint_errors)
     assert list(half.mean_joint_errors.values()) == pytest.approx(errors.mean((0, 1)), rel=0.02)
+
+
+def test_roundings_are_those_of_the_half_precision_graph(scratch: Path) -> None:
+    """ONNX's own evaluator computes every node in the type that the graph gives it."""
+    config = VARIANTS[NO_CAMERA]
+    model = graphs(write_checkpoint(scratch / "checkpoint", config), Precision.fp16)[POLICY]
+    exact = graphs(scratch / "checkpoint", Precision.fp32)[POLICY]
+    for step in range(4):
+        seen = observation(config["input_features"], step)
+        reference = ReferenceEvaluator(model).run(None, seen)[0]
+        rounding = np.abs(reference - run(exact, seen)).mean()
+        assert np.abs(run(with_roundings(model), seen) - run(exact, seen)).mean() == pytest.approx(rounding, rel=0.5)
+        assert rounding > 0
 
 
 def test_int8_is_measured_on_other_observations_than_it_was_calibrated_on(
