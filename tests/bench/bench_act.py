@@ -1,4 +1,5 @@
-"""One ACT chunk on the CPU: our ONNX in onnxruntime, our PyTorch forward, and LeRobot's own policy, in the same run.
+"""One ACT chunk on the CPU: our ONNX in onnxruntime in every precision, our PyTorch forward, and LeRobot's own policy,
+in the same run.
 
 `python -m tests.bench.bench_act [THREADS]` prints the tables; `run()` returns the figures. LeRobot takes part where
 it is there (`make lerobot`). Each way has a process of its own with the same
@@ -27,12 +28,13 @@ ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from device.arrays import dump_arrays  # noqa: E402 - after the path
-from export.command import export_checkpoint  # noqa: E402
+from export.bundling import export_checkpoint  # noqa: E402
 from fixtures.checkpoint_files import write_checkpoint  # noqa: E402
-from fixtures.recipe import VARIANTS, observation  # noqa: E402
+from fixtures.recipe import VARIANTS, observation, uniform  # noqa: E402
 from real_lerobot import find_lerobot  # noqa: E402
 
 THREADS = 2
+RECORDED = 32  # frames that int8 is calibrated and measured on
 TURNS, PER_TURN = 5, 4
 
 
@@ -54,7 +56,8 @@ CASES = {
 
 
 def run(turns: int = TURNS, threads: int = THREADS) -> dict[str, Any]:
-    """Figures by case: `export` (seconds, nodes, MB, largest error) and `ways` -> latency in ms, memory in MB."""
+    """Figures by case: `export` (seconds, nodes, MB, largest error), `ways` -> latency in ms, memory in MB, and
+    `bundle_run`: memory of `understudy bundle run`, in MB."""
     figures: dict[str, Any] = {"load_average": os.getloadavg()[0], "cores": os.cpu_count(), "threads": threads}
     for name, document in CASES.items():
         with tempfile.TemporaryDirectory() as folder:
@@ -74,8 +77,11 @@ def _case(folder: Path, document: dict[str, Any], turns: int, threads: int) -> d
         "mb": (folder / "bundle" / "policy.onnx").stat().st_size / 1e6,
         "max_error": report.max_error,
     }
+    _export_lowered(checkpoint, document, folder)
     workers = {
         "engine": _Worker(sys.executable, "engine", folder / "bundle", folder, threads),
+        "int8": _Worker(sys.executable, "engine", folder / "int8", folder, threads),
+        "fp16": _Worker(sys.executable, "engine", folder / "fp16", folder, threads),
         "torch": _Worker(sys.executable, "torch", checkpoint, folder, threads),
     }
     if named := find_lerobot():
@@ -89,7 +95,34 @@ def _case(folder: Path, document: dict[str, Any], turns: int, threads: int) -> d
     finally:
         for worker in workers.values():
             worker.close()
-    return {"export": exported, "ways": ways, "reference": "lerobot" if "lerobot" in workers else "torch"}
+    reference = "lerobot" if "lerobot" in workers else "torch"
+    return {"export": exported, "ways": ways, "reference": reference, "bundle_run": {"peak_mb": _bundle_run(folder)}}
+
+
+def _export_lowered(checkpoint: Path, document: dict[str, Any], folder: Path) -> None:
+    """Bundles in int8 and fp16. Forced: what the recipe's random weights answer is far more sensitive than what any
+    training makes of them."""
+    frames = [observation(document["input_features"], frame) for frame in range(RECORDED)]
+    recorded = {name: np.stack([frame[name] for frame in frames]) for name in frames[0]}
+    (folder / "episodes").mkdir()
+    (folder / "episodes" / "0.npz").write_bytes(dump_arrays(recorded | {"action": uniform("action", (RECORDED, 6))}))
+    export_checkpoint(checkpoint, folder / "int8", precision="int8", episodes=folder / "episodes", force=True)
+    seen = folder / "observation.npz"
+    export_checkpoint(checkpoint, folder / "fp16", precision="fp16", observation=seen, force=True)
+
+
+def _bundle_run(folder: Path) -> float:
+    """Peak memory of the command, MB."""
+    program = (
+        "import sys; sys.path[:0] = sys.argv[1:3]\n"
+        "from act_worker import peak_mb; from device.cli import app\n"
+        "app(sys.argv[3:], standalone_mode=False); print(peak_mb())"
+    )
+    paths = [str(Path(__file__).parent), str(ROOT)]
+    files = ["--observation", str(folder / "observation.npz"), "--out", str(folder / "chunk.npz")]
+    command = [sys.executable, "-c", program, *paths, "bundle", "run", str(folder / "bundle"), *files]
+    ran = subprocess.run(command, check=True, capture_output=True, text=True)
+    return float(ran.stdout.split()[-1])
 
 
 class _Worker:
@@ -140,7 +173,13 @@ class _Worker:
 
 def tables(figures: dict[str, Any]) -> list[Table]:
     """The figures as a person reads them, one table a case."""
-    titles = {"engine": "Understudy", "torch": "PyTorch (ours)", "lerobot": "LeRobot"}
+    titles = {
+        "engine": "Understudy",
+        "int8": "Understudy, int8",
+        "fp16": "Understudy, fp16",
+        "torch": "PyTorch (ours)",
+        "lerobot": "LeRobot",
+    }
     made = []
     for name in CASES:
         case = figures[name]
@@ -148,7 +187,7 @@ def tables(figures: dict[str, Any]) -> list[Table]:
         caption = (
             f"{figures['threads']} threads, load average {figures['load_average']:.1f} on {figures['cores']} cores; "
             f"export {exported['seconds']:.1f} s ({exported['cpu_seconds']:.1f} s of processor time), "
-            f"{exported['nodes']} nodes, {exported['mb']:.0f} MB"
+            f"{exported['nodes']} nodes, {exported['mb']:.0f} MB; bundle run {case['bundle_run']['peak_mb']:.0f} MB"
         )
         table = Table(
             "way", "least ms", "median ms", "cpu ms", "peak MB", "load s", f"off {case['reference']}",
