@@ -15,6 +15,7 @@ pytest.importorskip("torch", reason="export needs the export extra")
 
 import torch
 
+from conftest import Parity
 from device.bundle import Bundle
 from device.engine import infer_observation, open_engine
 from export.bundling import ExportReport, export_checkpoint
@@ -84,9 +85,10 @@ def refusal(checkpoint: Path, **sampling: Any) -> str:
 
 
 @pytest.mark.parametrize("config", [VECTORS, PICTURES], ids=["vectors", "pictures"])
-def test_one_jump_gives_the_actions_of_the_original(config: Json, scratch: Path) -> None:
+def test_one_jump_gives_the_actions_of_the_original(config: Json, scratch: Path, parity: Parity) -> None:
     report = export(save(scratch, config), scratch / "bundle")
-    assert difference(original(config), report, []) < TOLERANCE
+    found = difference(original(config), report, [])
+    assert parity("Consistency Policy", "its network written anew", "one jump", found) < TOLERANCE
     manifest = Bundle.open(report.path).manifest
     sampler = manifest.sampler
     assert sampler is not None
@@ -109,11 +111,12 @@ def test_one_jump_gives_the_actions_of_the_original(config: Json, scratch: Path)
     ],
 )
 def test_a_chain_gives_the_actions_of_the_original(
-    letter: str, sampling: dict[str, Any], levels: list[float], scratch: Path
+    letter: str, sampling: dict[str, Any], levels: list[float], scratch: Path, parity: Parity
 ) -> None:
     config = student(VECTORS["task"]["shape_meta"]["obs"], chaining_times=[letter, 27, 54])
     report = export(save(scratch, config), scratch / "bundle", **sampling)
-    assert difference(original(config), report, levels) < TOLERANCE
+    found = difference(original(config), report, levels)
+    assert parity("Consistency Policy", "its network written anew", f"{letter} {sampling}", found) < TOLERANCE
     said = [warning for warning in report.warnings if "chaining times are read as" in warning]
     assert len(said) == (1 if levels else 0)
     if levels:

@@ -16,6 +16,7 @@ import pytest
 
 pytest.importorskip("torch", reason="export needs the export extra")
 
+from conftest import Parity
 from device.arrays import dump_arrays
 from device.bundle import Bundle
 from device.engine import open_engine
@@ -90,17 +91,21 @@ def refusal(checkpoint: Path, **options: object) -> str:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_every_variant_gives_the_actions_that_lerobot_gives(variant: str, scratch: Path) -> None:
+def test_every_variant_gives_the_actions_that_lerobot_gives(variant: str, scratch: Path, parity: Parity) -> None:
     report = export_checkpoint(write_checkpoint(scratch / "checkpoint", variant), scratch / "bundle")
     assert report.nodes < 500
-    assert np.abs(run(report.path, variant) - CURRENT[f"{variant}/action"]).max() < TOLERANCE
+    difference = run(report.path, variant) - CURRENT[f"{variant}/action"]
+    assert parity("ACT", "LeRobot 0.4.4", variant, difference) < TOLERANCE
 
 
 @pytest.mark.parametrize("variant", LEGACY)
-def test_checkpoints_from_before_0_4_give_the_actions_that_lerobot_0_3_3_gives(variant: str, scratch: Path) -> None:
+def test_checkpoints_from_before_0_4_give_the_actions_that_lerobot_0_3_3_gives(
+    variant: str, scratch: Path, parity: Parity
+) -> None:
     checkpoint = write_checkpoint(scratch / "checkpoint", variant, legacy=True)
     report = export_checkpoint(checkpoint, scratch / "bundle")
-    assert np.abs(run(report.path, variant) - BEFORE_0_4[f"{variant}/action"]).max() < TOLERANCE
+    difference = run(report.path, variant) - BEFORE_0_4[f"{variant}/action"]
+    assert parity("ACT", "LeRobot 0.3.3", variant, difference) < TOLERANCE
     assert "before 0.4" in Bundle.open(report.path).manifest.provenance.source_layout
 
 

@@ -1,10 +1,10 @@
-"""Whole policies of real size against the framework that made them: every case that a folder holds, as a table.
+"""Whole policies of real size against the framework that made them: every case that a folder holds.
 
 `UNDERSTUDY_PARITY_CASES` names the folder; without it there is nothing to do here (the recipes' fixtures are what is
 always tested). A case is a checkpoint as LeRobot saved it with, beside it, what LeRobot answered: `io.npz` with raw
 observations `raw/<input>` and actions `chunk_unnorm`, noise where the policy samples (`init_noise`, `ddpm_step_noise`),
 and where it was recorded a closed loop through LeRobot's queues (`seq/<input>`, `seq/select_action`, `seq/init_noise`).
-The table of largest errors is printed and written to `parity.md` in the folder.
+The largest error of each goes into the table of parity (conftest.py).
 """
 
 from __future__ import annotations
@@ -23,49 +23,37 @@ pytest.importorskip("torch", reason="export needs the export extra")
 
 import torch
 
+from conftest import Parity
 from device.bundle import Bundle
 from device.engine import Engine, infer_observation, open_engine
-from export.bundling import ExportReport, export_checkpoint
+from export.bundling import export_checkpoint
 
 FOLDER = os.environ.get("UNDERSTUDY_PARITY_CASES")
-CASES = sorted(path.parent for path in Path(FOLDER).glob("*/io.npz")) if FOLDER else []
+CASES = sorted(path.parent for path in Path(FOLDER).rglob("io.npz")) if FOLDER else []
 TOLERANCE = 1e-3  # joint units
 
-Row = tuple[str, ...]
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
-@pytest.fixture(scope="module")
-def table() -> Iterator[list[Row]]:
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    rows: list[Row] = [("case", "policy", "samples by", "nodes", "answers", "largest error, joint units")]
-    yield rows
+    yield
     torch.set_num_threads(before)
-    lines = [f"| {' | '.join(row)} |" for row in rows]
-    lines.insert(1, "|" + "---|" * len(rows[0]))
-    text = "\n".join(lines) + "\n"
-    print("\n" + text)
-    if FOLDER:
-        (Path(FOLDER) / "parity.md").write_text(text)
 
 
 @pytest.mark.skipif(not CASES, reason="UNDERSTUDY_PARITY_CASES names no folder of cases")
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_a_case_gives_the_actions_that_it_gave_in_its_framework(case: Path, table: list[Row]) -> None:
+def test_a_case_gives_the_actions_that_it_gave_in_its_framework(case: Path, parity: Parity) -> None:
     recorded = np.load(case / "io.npz")
     with tempfile.TemporaryDirectory() as folder:
         report = export_checkpoint(case, Path(folder) / "bundle")
         bundle = Bundle.open(report.path)
         engine = open_engine(bundle)
         errors = [*_chunks(bundle, engine, recorded), *_sequence(bundle, engine, recorded)]
-    table.append(_row(case, report, len(errors), max(errors)))
-    assert max(errors) < TOLERANCE
-
-
-def _row(case: Path, report: ExportReport, answers: int, error: float) -> Row:
     kind = json.loads((case / "config.json").read_text())["type"]
-    return (case.name, kind, report.sampler or "-", str(report.nodes), str(answers), f"{error:.1e}")
+    assert parity(f"{kind} of a case folder", "LeRobot", case.name, errors) < TOLERANCE
 
 
 def _chunks(bundle: Bundle, engine: Engine, recorded: Any) -> Iterator[float]:
