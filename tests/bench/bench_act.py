@@ -10,9 +10,7 @@ way costs where nothing interferes; processor time is the sum over threads and d
 
 from __future__ import annotations
 
-import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -32,6 +30,7 @@ from export.bundling import export_checkpoint  # noqa: E402
 from fixtures.checkpoint_files import write_checkpoint  # noqa: E402
 from fixtures.recipe import VARIANTS, observation, uniform  # noqa: E402
 from real_lerobot import find_lerobot  # noqa: E402
+from tests.bench.workers import Worker  # noqa: E402
 
 THREADS = 2
 RECORDED = 32  # frames that int8 is calibrated and measured on
@@ -79,13 +78,13 @@ def _case(folder: Path, document: dict[str, Any], turns: int, threads: int) -> d
     }
     _export_lowered(checkpoint, document, folder)
     workers = {
-        "engine": _Worker(sys.executable, "engine", folder / "bundle", folder, threads),
-        "int8": _Worker(sys.executable, "engine", folder / "int8", folder, threads),
-        "fp16": _Worker(sys.executable, "engine", folder / "fp16", folder, threads),
-        "torch": _Worker(sys.executable, "torch", checkpoint, folder, threads),
+        "engine": Worker(sys.executable, "engine", folder / "bundle", folder / "observation.npz", threads),
+        "int8": Worker(sys.executable, "engine", folder / "int8", folder / "observation.npz", threads),
+        "fp16": Worker(sys.executable, "engine", folder / "fp16", folder / "observation.npz", threads),
+        "torch": Worker(sys.executable, "torch", checkpoint, folder / "observation.npz", threads),
     }
     if named := find_lerobot():
-        workers["lerobot"] = _Worker(named, "lerobot", checkpoint, folder, threads)
+        workers["lerobot"] = Worker(named, "lerobot", checkpoint, folder / "observation.npz", threads)
     try:
         for _ in range(turns):
             for worker in workers.values():
@@ -115,7 +114,7 @@ def _bundle_run(folder: Path) -> float:
     """Peak memory of the command, MB."""
     program = (
         "import sys; sys.path[:0] = sys.argv[1:3]\n"
-        "from act_worker import peak_mb; from device.cli import app\n"
+        "from policy_worker import peak_mb; from device.cli import app\n"
         "app(sys.argv[3:], standalone_mode=False); print(peak_mb())"
     )
     paths = [str(Path(__file__).parent), str(ROOT)]
@@ -123,52 +122,6 @@ def _bundle_run(folder: Path) -> float:
     command = [sys.executable, "-c", program, *paths, "bundle", "run", str(folder / "bundle"), *files]
     ran = subprocess.run(command, check=True, capture_output=True, text=True)
     return float(ran.stdout.split()[-1])
-
-
-class _Worker:
-    """A process that infers when told to (act_worker.py)."""
-
-    def __init__(self, python: str, way: str, policy: Path, folder: Path, threads: int) -> None:
-        worker = Path(__file__).with_name("act_worker.py")
-        command = [python, str(worker), way, str(policy), str(folder / "observation.npz"), str(threads)]
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-        if way != "lerobot":
-            environment["PYTHONPATH"] = str(ROOT)
-        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-        self._process = subprocess.Popen(command, text=True, env=environment, **pipes)
-        self._answers: list[dict[str, Any]] = []
-        ready = self._read()
-        self.actions = np.array(ready["actions"])
-        self._load_s = ready["load_s"]
-
-    def infer(self, count: int) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.write(f"{count}\n")
-        self._process.stdin.flush()
-        self._answers.append(self._read())
-
-    def figures(self, reference: np.ndarray) -> dict[str, float]:
-        walls = [wall for answer in self._answers for wall in answer["ms"]]
-        return {
-            "min_ms": min(walls),
-            "median_ms": statistics.median(walls),
-            "cpu_ms": statistics.median(answer["cpu_ms"] for answer in self._answers),
-            "peak_mb": self._answers[-1]["peak_mb"],
-            "load_s": self._load_s,
-            "difference": float(np.abs(self.actions - reference).max()),
-        }
-
-    def close(self) -> None:
-        self._process.kill()
-        self._process.wait()
-
-    def _read(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            if line.startswith("{"):
-                answer: dict[str, Any] = json.loads(line)
-                return answer
-        raise RuntimeError(f"{' '.join(map(str, self._process.args))} ended without an answer")
 
 
 def tables(figures: dict[str, Any]) -> list[Table]:
