@@ -1,4 +1,4 @@
-"""The table of parity: how far every exported policy is from the framework that it came from.
+"""One thread a process; and the table of parity: how far exported policies are from the framework that they came from.
 
 Tests that hold a bundle against a framework's own answers record what they found through the `parity` fixture. The
 table is printed at the end of the run and written to `report/parity.md`, a row for each framework and kind of policy;
@@ -6,6 +6,11 @@ docs/policies.md shows the latest.
 """
 
 from __future__ import annotations
+
+import os
+
+# Before torch is imported: two threads that wait for each other on a busy core take a hundred times as long.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
