@@ -138,10 +138,14 @@ def initializers(model: onnx.ModelProto) -> dict[str, np.ndarray]:
 
 
 def run(model: onnx.ModelProto | bytes, inputs: dict[str, np.ndarray]) -> np.ndarray:
+    result: np.ndarray = run_all(model, [inputs])[0]
+    return result
+
+
+def run_all(model: onnx.ModelProto | bytes, observed: list[dict[str, np.ndarray]]) -> np.ndarray:
     content = model if isinstance(model, bytes) else model.SerializeToString()
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
-    result: np.ndarray = session.run(None, inputs)[0]
-    return result
+    return np.stack([session.run(None, each)[0] for each in observed])
 
 
 # Half precision, as it stands in the graph
@@ -356,7 +360,7 @@ def test_half_precision_is_measured_joint_by_joint_on_recorded_observations(
     """As a GPU rounds: onnxruntime's CPU, which the bundle runs on here, leaves most roundings out."""
     observed = [each.observation for each in sample_observations(open_episodes(recordings), 64, 0, horizon=1)]
     rounding = with_roundings(onnx.load(half.path / POLICY))
-    errors = np.abs(np.stack([run(rounding, each) for each in observed]) - answers(whole.path, observed))
+    errors = np.abs(run_all(rounding, observed) - answers(whole.path, observed))
     measured = Bundle.open(half.path).manifest.fidelity
     assert measured.precision == "fp16"
     assert measured.observations == len(observed) == 48
