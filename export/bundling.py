@@ -40,7 +40,7 @@ from export.normalize import Statistics
 from export.policy import Policy, rounded
 from export.precision import Precision, Storage
 from export.sampling import Sampling
-from export.units import TrainedIn, check_units, in_bundle_units, name_joints
+from export.units import TrainedIn, bundle_factors, check_units, in_bundle_units, name_joints
 from firmware_bridge.calibration import Unit
 
 IMAGES = "observation.images."
@@ -169,7 +169,10 @@ def _write(
     check_units(manifest.joints, _joint_statistics(source, manifest), str(source.path))
     names = input_names(source, policy)
     say("reading observations")
-    observed = fidelity.observations(source, policy, manifest, chosen.precision, chosen.episodes, chosen.observation)
+    factors = bundle_factors(chosen.joints, policy.action_size, chosen.units)
+    observed = fidelity.observations(
+        source, policy, manifest, chosen.precision, chosen.episodes, chosen.observation, factors
+    )
     seen = _golden_observation(source, policy, chosen.observation, observed)
     say("computing the reference in PyTorch")
     inputs = (seen or golden.made_up(policy)) | policy.noise(golden.NOISE_SEED)

@@ -17,7 +17,7 @@ import numpy as np
 import onnx
 
 from device.arrays import Array
-from device.bundle import ENCODER, NOISE, POLICY, Bundle, Fidelity, Manifest
+from device.bundle import ENCODER, NOISE, POLICY, STATE, Bundle, Fidelity, Manifest
 from device.engine import Engine, EngineError, infer_observation, open_engine
 from export import golden
 from export.bundle_writer import PartialBundle
@@ -101,9 +101,11 @@ def observations(
     precision: Precision,
     episodes: Path | None,
     observation: Path | None,
+    factors: Array,
 ) -> list[dict[str, Array]]:
     """Real observations by the robot's names, evenly spread over a folder of episodes, or the one of a file; what a
-    lower precision is measured on. None for fp32 without episodes. Raises ExportError."""
+    lower precision is measured on. None for fp32 without episodes. Recordings are in the units of training, `factors`
+    (`export.units.bundle_factors`) turn their states into the bundle's. Raises ExportError."""
     if precision is Precision.int8 and episodes is None:
         raise ExportError(
             "--precision int8 is calibrated on what the robot saw; give a folder of its recordings with --episodes"
@@ -114,7 +116,7 @@ def observations(
             "one observation with --observation"
         )
     if episodes is not None:
-        return _sampled(manifest, precision, episodes)
+        return _sampled(manifest, precision, episodes, factors)
     if observation is None or precision is Precision.fp32:
         return []
     seen = golden.from_file(observation, source, policy)
@@ -155,7 +157,7 @@ def lower(proven: Proven, observed: Sequence[Mapping[str, Array]], precision: Pr
     return Lowered(authored, fidelity, tuple(errors.mean(axis=(0, 1)).tolist()))
 
 
-def _sampled(manifest: Manifest, precision: Precision, folder: Path) -> list[dict[str, Array]]:
+def _sampled(manifest: Manifest, precision: Precision, folder: Path, factors: Array) -> list[dict[str, Array]]:
     episodes = open_episodes(folder)
     shapes = {name: shape for name, (shape, _) in manifest.input_shapes().items()}
     check_episodes(episodes, shapes, len(manifest.joints))
@@ -171,7 +173,9 @@ def _sampled(manifest: Manifest, precision: Precision, folder: Path) -> list[dic
         rate_hz=None if manifest.observation_steps == 1 else manifest.action_rate_hz,
         inputs=shapes,
     )
-    return [sample.observation for sample in samples]
+    if (factors == 1).all():
+        return [sample.observation for sample in samples]
+    return [{**each.observation, STATE: (each.observation[STATE] * factors).astype(np.float32)} for each in samples]
 
 
 def _quantized(proven: Proven, observed: Sequence[Mapping[str, Array]]) -> Authored:

@@ -17,6 +17,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from device.arrays import Array
 from device.bundle import ACTION, STATE, Joint
 from export.checkpoint import Checkpoint
 from export.errors import ExportError
@@ -52,9 +53,7 @@ P = TypeVar("P", bound=Policy)
 def in_bundle_units(source: Checkpoint, policy: P, joints: Sequence[str] | None, units: TrainedIn) -> P:
     """The policy with state and action in the units of `name_joints`' joints; `source`'s statistics go along.
     Raises ExportError where the state has not one value a joint."""
-    factors = np.array(
-        [_CONVERTED.get(trained, (None, 1.0))[1] for _, trained in _named(joints, policy.action_size, units)]
-    )
+    factors = bundle_factors(joints, policy.action_size, units)
     if (factors == 1).all():
         return policy
     if policy.inputs.state_size != len(factors):
@@ -70,6 +69,12 @@ def in_bundle_units(source: Checkpoint, policy: P, joints: Sequence[str] | None,
         if name in source.statistics:
             source.statistics[name] = {key: values * factors for key, values in source.statistics[name].items()}
     return dataclasses.replace(policy, normalizers=normalizers)  # type: ignore[type-var]  # every policy is a dataclass
+
+
+def bundle_factors(joints: Sequence[str] | None, size: int, units: TrainedIn) -> Array:
+    """float64 [size]: by how much a joint's numbers grow from training, and from what was recorded for it, to the
+    bundle."""
+    return np.array([_CONVERTED.get(trained, (None, 1.0))[1] for _, trained in _named(joints, size, units)])
 
 
 def name_joints(joints: Sequence[str] | None, size: int, units: TrainedIn | Unit) -> tuple[Joint, ...]:

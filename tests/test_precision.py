@@ -35,6 +35,7 @@ from export.precision import Precision, Storage
 from export.quantize import LEVELS, SHY_LEVELS, SIGNED_ZERO, UNSIGNED_ZERO, plan, quantize
 from export.rounding import with_roundings
 from export.sampling import Sampling
+from export.units import TrainedIn
 from fixtures.checkpoint_files import change_tensors, write_checkpoint
 from fixtures.recipe import VARIANTS, observation, uniform
 from fixtures.recipe_diffusion import VARIANTS as SAMPLED
@@ -402,6 +403,18 @@ def test_a_recorded_observation_becomes_the_golden_one(int8: ExportReport, recor
     assert (int8.path / "reference" / "front.jpg").is_file()
     error = np.abs(answers(int8.path, [inputs])[0] - expected).max()
     assert bundle.manifest.fidelity.max_error == pytest.approx(error, rel=0.02)
+
+
+def test_recordings_are_in_the_units_of_training(scratch: Path) -> None:
+    config = VARIANTS[NO_CAMERA]
+    checkpoint = write_checkpoint(scratch / "checkpoint", config)
+    episodes = write_episodes(scratch / "episodes", config, count=1, frames=4)
+    options: dict[str, Any] = {"precision": "fp16", "episodes": episodes, "force": True}
+    joints = [*"abcde", "f=degrees"]
+    report = export_checkpoint(checkpoint, scratch / "out", joints=joints, units=TrainedIn.radians, **options)
+    recorded = sample_observations(open_episodes(episodes), 64, 0, horizon=1)[0].observation["observation.state"]
+    state = Bundle.open(report.path).golden()[0]["observation.state"]
+    assert state == pytest.approx([*np.degrees(recorded[:5]), recorded[5]], rel=1e-5)
 
 
 def test_one_real_observation_does_for_half_precision(plain: Path, scratch: Path) -> None:
