@@ -36,7 +36,7 @@ from export.quantize import LEVELS, SHY_LEVELS, SIGNED_ZERO, UNSIGNED_ZERO, plan
 from export.rounding import with_roundings
 from export.sampling import Sampling
 from export.units import TrainedIn
-from fixtures.checkpoint_files import change_tensors, write_checkpoint
+from fixtures.checkpoint_files import POST_STATE, PRE_STATE, change_tensors, write_checkpoint
 from fixtures.recipe import VARIANTS, observation, uniform
 from fixtures.recipe_diffusion import VARIANTS as SAMPLED
 
@@ -409,6 +409,9 @@ def test_recordings_are_in_the_units_of_training(scratch: Path) -> None:
     config = VARIANTS[NO_CAMERA]
     checkpoint = write_checkpoint(scratch / "checkpoint", config)
     episodes = write_episodes(scratch / "episodes", config, count=1, frames=4)
+    for name in (PRE_STATE, POST_STATE):
+        statistics = load_file(checkpoint / name)
+        change_tensors(checkpoint / name, **{key: values / 50 for key, values in statistics.items()})
     options: dict[str, Any] = {"precision": "fp16", "episodes": episodes, "force": True}
     joints = [*"abcde", "f=degrees"]
     report = export_checkpoint(checkpoint, scratch / "out", joints=joints, units=TrainedIn.radians, **options)
