@@ -26,7 +26,7 @@ from device.bundle import Bundle
 from device.cuda_runtime import NotHereError, gpu_free_bytes
 from device.engine import Engine, EngineError
 from device.engine_cache import EngineCache, EngineCacheError, default_cache
-from device.engine_choice import Candidate, candidates, parity_bound, prove, release
+from device.engine_choice import Candidate, candidates, only_our_errors, parity_bound, prove, release
 from device.errors import BundleError
 from device.onnx_wire import summarize
 from device.tensorrt_build import BuildProgress, graphs_of
@@ -97,7 +97,7 @@ def check_bundle(
     try:
         bundle = Bundle.open(path)
         _, expected = bundle.golden()
-        nodes = {graph: summarize((path / graph).read_bytes()).nodes for graph in graphs_of(bundle)}
+        nodes = {graph: summarize((bundle.path / graph).read_bytes()).nodes for graph in graphs_of(bundle)}
     except (BundleError, EngineError, OSError) as error:
         return BundleReport(str(path), problems=(str(error),))
     build = engine == "tensorrt"
@@ -127,9 +127,10 @@ def check_engine(bundle: Bundle, candidate: Candidate, runs: int) -> EngineRepor
     memory, gpu_free = _Memory(), None if kind == "onnxruntime" else gpu_free_bytes()
     engine: Engine | None = None
     try:
-        engine = candidate.open()
-        error = prove(bundle, engine)
-        durations_ms, step = _time(bundle, engine, runs)
+        with only_our_errors(candidate.name):
+            engine = candidate.open()
+            error = prove(bundle, engine)
+            durations_ms, step = _time(bundle, engine, runs)
         gpu_used = None if gpu_free is None else (gpu_free - (gpu_free_bytes() or 0)) / 1e6
         return EngineReport(
             kind,
@@ -162,6 +163,8 @@ def largest_step(bundle: Bundle, actions: Array) -> LargestStep | None:
 
 def _problems(engines: list[EngineReport], required: bool) -> Iterator[str]:
     passed = {report.engine for report in engines if report.state == "passed"}
+    if all(report.state == "not here" for report in engines) and not required:
+        yield "no engine of this machine can run it; install onnxruntime"
     for report in engines:
         if report.engine in passed:
             continue

@@ -9,11 +9,22 @@ inference allocates nothing that the caller sees. An engine refuses to hand out 
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
 
 from device.arrays import Array
 from device.bundle import NOISE, POLICY, STEP_NOISE, Bundle, Manifest
 from device.errors import UnderstudyError
+
+Signature = Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]]
+"""What a graph takes or gives: name -> (shape, dtype)."""
+
+NOT_FINITE = (
+    "the policy answered NaN or infinity; check the observation (a camera that is black, a joint far outside what it "
+    "was trained on) or export again"
+)
 
 
 class EngineError(UnderstudyError, RuntimeError):
@@ -55,6 +66,29 @@ class Engine(Protocol):
         Raises EngineError where the result is not finite or the runtime fails, for a key that it does not know, for
         noise that does not fit, and for no keys where the policy looks at several steps.
         """
+
+
+class HeldStep:
+    """The memory of an engine of one graph: its inputs hold one step, and this is that step's name."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._key: Hashable = object()  # nobody's at first
+
+    def observe(self, key: Hashable) -> None:
+        """See Engine.observe."""
+        self._key = key
+
+    def knows(self, key: Hashable) -> bool:
+        """See Engine.knows."""
+        return key == self._key
+
+    def check(self, keys: Sequence[Hashable] | None, noise: Array | None, step_noise: Array | None) -> None:
+        """Raise EngineError unless `infer` can be asked so: for the step that is held, and without noise."""
+        if keys is not None and tuple(keys) != (self._key,):
+            raise EngineError(f"{self._path}: its inputs hold another step than {list(keys)}; observe that one first")
+        if noise is not None or step_noise is not None:
+            raise EngineError(f"{self._path}: this policy does not sample, so it takes no noise")
 
 
 def open_engine(bundle: Bundle, threads: int = 1, seed: int | None = None) -> Engine:

@@ -9,21 +9,26 @@ proven on this machine in this process.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
-import onnxruntime
 
 from device.bundle import GOLDEN, POLICY, Bundle
 from device.cuda_runtime import NotHereError
 from device.engine import Engine, EngineError, infer_observation
 from device.engine_cache import EngineCache, EngineCacheError, default_cache
-from device.engine_onnx import ON_CPU, ON_CUDA, OnnxEngine, Provider
+from device.errors import BundleError, UnderstudyError
 from device.log import event
 from device.observation_file import check_observation
+from device.sampling import needed_noise
 from device.tensorrt_build import BuildProgress, build_bundle, precisions_of
+
+if TYPE_CHECKING:
+    from device.engine_onnx import Provider
 
 # An engine's answer to the golden inputs against the reference's, largest difference of any joint, in joint units
 # (degrees, or hundredths of a range), by the precision that the bundle was authored in.
@@ -79,13 +84,15 @@ def candidates(
             build_bundle(bundle, precision, cache, progress)
         return open_tensorrt(bundle, precision, cache, seed)
 
-    def onnx(providers: Sequence[Provider]) -> Engine:
-        return open_onnxruntime(bundle, providers, threads, seed)
+    def onnx(on_cuda: bool) -> Engine:
+        from device.engine_onnx import ON_CPU, ON_CUDA  # not paid for where TensorRT runs the policy
+
+        return open_onnxruntime(bundle, ON_CUDA if on_cuda else ON_CPU, threads, seed)
 
     return [
         *(Candidate("tensorrt", precision, partial(tensorrt, precision)) for precision in precisions_of(bundle)),
-        Candidate("onnxruntime-cuda", authored, partial(onnx, ON_CUDA)),
-        Candidate("onnxruntime", authored, partial(onnx, ON_CPU)),
+        Candidate("onnxruntime-cuda", authored, partial(onnx, True)),
+        Candidate("onnxruntime", authored, partial(onnx, False)),
     ]
 
 
@@ -113,12 +120,26 @@ def open_best_engine(
 
 def open_proven(bundle: Bundle, candidate: Candidate) -> OpenedEngine:
     """Open a candidate and prove it; given back where it fails. Raises what Candidate.open and prove raise."""
-    engine = candidate.open()
+    with only_our_errors(candidate.name):
+        engine = candidate.open()
+        try:
+            return OpenedEngine(engine, candidate.name, prove(bundle, engine))
+        except BaseException:
+            release(engine)
+            raise
+
+
+@contextmanager
+def only_our_errors(name: str) -> Iterator[None]:
+    """What a runtime or its bindings raise becomes an EngineError, so that an engine that breaks in a way that nobody
+    foresaw is passed over like any other and does not keep the next one from running."""
     try:
-        return OpenedEngine(engine, candidate.name, prove(bundle, engine))
-    except BaseException:
-        release(engine)
+        yield
+    except UnderstudyError:
         raise
+    except Exception as error:  # bindings share no base but Exception
+        reason = " ".join(str(error).split())
+        raise EngineError(f"{name} broke: {type(error).__name__}: {reason}") from error
 
 
 def prove(bundle: Bundle, engine: Engine) -> float:
@@ -129,6 +150,12 @@ def prove(bundle: Bundle, engine: Engine) -> float:
     """
     inputs, expected = bundle.golden()
     check_observation(bundle.manifest, inputs, str(bundle.path / GOLDEN))
+    for name in needed_noise(bundle.manifest):
+        if name not in inputs:
+            raise BundleError(
+                f"{bundle.path / GOLDEN}: {name} is missing, without which a policy that samples never answers the "
+                "same; export the policy again"
+            )
     error = float(np.abs(infer_observation(engine, bundle.manifest, inputs) - expected).max())
     bound = parity_bound(bundle)
     if not error <= bound:
@@ -147,6 +174,10 @@ def parity_bound(bundle: Bundle) -> float:
 
 def open_onnxruntime(bundle: Bundle, providers: Sequence[Provider], threads: int, seed: int | None) -> Engine:
     """The bundle in onnxruntime. Raises NotHereError where onnxruntime lacks the first of `providers`, EngineError."""
+    import onnxruntime
+
+    from device.engine_onnx import OnnxEngine
+
     first = providers[0] if isinstance(providers[0], str) else providers[0][0]
     if first not in onnxruntime.get_available_providers():
         raise NotHereError(f"this onnxruntime has no {first}; onnxruntime-gpu has")

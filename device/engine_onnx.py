@@ -16,10 +16,7 @@ import onnxruntime
 
 from device.arrays import Array
 from device.bundle import ACTION, Manifest
-from device.engine import EngineError
-
-Signature = Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]]
-"""Name -> (shape, dtype)."""
+from device.engine import NOT_FINITE, EngineError, HeldStep, Signature
 
 Provider = str | tuple[str, dict[str, str]]
 """One of onnxruntime's execution providers, with its options."""
@@ -27,10 +24,6 @@ Provider = str | tuple[str, dict[str, str]]
 ON_CPU: tuple[Provider, ...] = ("CPUExecutionProvider",)
 ON_CUDA: tuple[Provider, ...] = (("CUDAExecutionProvider", {"use_tf32": "0"}), "CPUExecutionProvider")
 
-NOT_FINITE = (
-    "the policy answered NaN or infinity; check the observation (a camera that is black, a joint far outside what it "
-    "was trained on) or export again"
-)
 _TENSOR_TYPES: dict[str, np.dtype[Any]] = {"tensor(float)": np.dtype(np.float32), "tensor(uint8)": np.dtype(np.uint8)}
 
 
@@ -45,27 +38,24 @@ class OnnxEngine:
         session = open_session(path, threads, providers)
         check_signature(path, session, expected, {ACTION: (shape, np.dtype(np.float32))})
         self._path = path
-        self._held: Hashable = object()  # the key of what `inputs` holds; nobody's at first
+        self._held = HeldStep(path)
         self._output: Array = np.zeros(shape, np.float32)
         self.inputs = zeros(expected)
         self._graph = BoundGraph(path, session, self.inputs, {ACTION: self._output})
 
     def observe(self, key: Hashable) -> None:
         """See Engine.observe."""
-        self._held = key
+        self._held.observe(key)
 
     def knows(self, key: Hashable) -> bool:
         """See Engine.knows."""
-        return key == self._held
+        return self._held.knows(key)
 
     def infer(
         self, keys: Sequence[Hashable] | None = None, *, noise: Array | None = None, step_noise: Array | None = None
     ) -> Array:
         """See Engine.infer."""
-        if keys is not None and tuple(keys) != (self._held,):
-            raise EngineError(f"{self._path}: its inputs hold another step than {list(keys)}; observe that one first")
-        if noise is not None or step_noise is not None:
-            raise EngineError(f"{self._path}: this policy does not sample, so it takes no noise")
+        self._held.check(keys, noise, step_noise)
         self._graph.run()
         if not np.isfinite(self._output).all():
             raise EngineError(f"{self._path}: {NOT_FINITE}")

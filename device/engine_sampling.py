@@ -16,21 +16,18 @@ import numpy as np
 
 from device.arrays import Array
 from device.bundle import ACTION, DENOISE, ENCODER, Bundle, Manifest, SamplerTable
-from device.engine import EngineError
+from device.engine import NOT_FINITE, EngineError
 from device.engine_onnx import (
-    NOT_FINITE,
     ON_CPU,
     BoundGraph,
     Provider,
-    Signature,
     check_signature,
     open_session,
     signature,
     zeros,
 )
-from device.sampling import ENCODINGS_PER_STEP, NoiseSource, RecentKeys
+from device.sampling import FEATURES, EncodedSteps, NoiseSource, denoise_signature
 
-FEATURES = "features"
 _FLOAT = np.dtype(np.float32)
 
 
@@ -42,60 +39,37 @@ class SamplingEngine:
     ) -> None:
         manifest, table = bundle.manifest, bundle.sampler_table()
         self._path = bundle.path
-        self._steps = manifest.observation_steps
         self._noise = NoiseSource(bundle.path, manifest, table, seed)
         self._encoder = _Encoder(bundle.path / ENCODER, manifest, threads, providers)
         self._denoiser = _Denoiser(bundle.path / DENOISE, manifest, table, self._encoder.size, threads, providers)
-        self._keys = RecentKeys(ENCODINGS_PER_STEP * self._steps)
-        self._encodings: Array = np.zeros((ENCODINGS_PER_STEP * self._steps, self._encoder.size), np.float32)
+        self._steps = EncodedSteps(
+            bundle.path, manifest.observation_steps, self._encoder.features, self._encoder.graph.run
+        )
         self.inputs = self._encoder.inputs
-        self.encoded = 0
+
+    @property
+    def encoded(self) -> int:
         """Observation steps that were encoded so far: a figure of what the memory of keys spares."""
+        return self._steps.encoded
 
     def observe(self, key: Hashable) -> None:
         """See Engine.observe."""
-        self._keys.forget(key)
-        features = self._encode()
-        np.copyto(self._encodings[self._keys.claim(key)], features)
+        self._steps.observe(key)
 
     def knows(self, key: Hashable) -> bool:
         """See Engine.knows."""
-        return self._keys.find(key) is not None
+        return self._steps.knows(key)
 
     def infer(
         self, keys: Sequence[Hashable] | None = None, *, noise: Array | None = None, step_noise: Array | None = None
     ) -> Array:
         """See Engine.infer."""
         self._noise.check(noise, step_noise)
-        self._fill_condition(keys)
+        self._steps.fill(self._denoiser.condition, keys)
         action = self._denoiser.run(self._noise, noise, step_noise)
         if action is None:
             raise EngineError(f"{self._path}: {NOT_FINITE}")
         return action
-
-    def _encode(self) -> Array:
-        self._encoder.graph.run()
-        self.encoded += 1
-        # Said here because a policy may clip what it makes of it to something that looks like motion.
-        if not np.isfinite(self._encoder.features).all():
-            raise EngineError(f"{self._path}: {NOT_FINITE}")
-        return self._encoder.features
-
-    def _fill_condition(self, keys: Sequence[Hashable] | None) -> None:
-        found = 0 if keys is None else len(keys)
-        if keys is None and self._steps == 1:
-            np.copyto(self._denoiser.condition[0], self._encode())
-            return
-        if keys is None or found != self._steps:
-            raise EngineError(
-                f"{self._path}: the policy looks at {self._steps} observation steps, {found} keys were given; "
-                "observe each step and name them, oldest first"
-            )
-        for row, key in zip(self._denoiser.condition, keys, strict=True):
-            place = self._keys.find(key)
-            if place is None:
-                raise EngineError(f"{self._path}: no observation step {key} is known (any more); observe it first")
-            np.copyto(row, self._encodings[place])
 
 
 class _Encoder:
@@ -161,24 +135,3 @@ class _Denoiser:
         # output that are not clipped, so that it carries a NaN or an infinity of any step to the end.
         last = self._samples[len(self._rows) % 2]
         return self._action if np.isfinite(last).all() and np.isfinite(self._action).all() else None
-
-
-def denoise_signature(manifest: Manifest, table: SamplerTable, features: int) -> tuple[Signature, Signature]:
-    """Inputs and outputs that denoise.onnx must have. `features`: F of encoder.onnx."""
-    if manifest.sampler is None:
-        raise EngineError(f"a policy of family {manifest.family} does not sample")
-    joints = len(manifest.joints)
-    sample = (manifest.sampler.horizon, joints)
-    inputs: dict[str, tuple[int, ...]] = {
-        "sample": sample,
-        "condition": (manifest.observation_steps * features,),
-        "time": table.time.shape[1:],
-        "coefficients": table.coefficients.shape[1:],
-        "noise": sample,
-        "previous": sample,
-    }
-    outputs: dict[str, tuple[int, ...]] = {"next": sample, "denoised": sample, ACTION: (manifest.chunk_size, joints)}
-    return (
-        {name: (shape, _FLOAT) for name, shape in inputs.items()},
-        {name: (shape, _FLOAT) for name, shape in outputs.items()},
-    )

@@ -18,11 +18,9 @@ import numpy as np
 from device.arrays import Array
 from device.bundle import ACTION, DENOISE, ENCODER, POLICY, Bundle, Manifest, SamplerTable
 from device.cuda_runtime import ALIGNMENT, Buffer, Cuda
-from device.engine import EngineError
+from device.engine import NOT_FINITE, EngineError, HeldStep, Signature
 from device.engine_cache import EngineCache
-from device.engine_onnx import NOT_FINITE, Signature
-from device.engine_sampling import FEATURES, denoise_signature
-from device.sampling import ENCODINGS_PER_STEP, NoiseSource, RecentKeys
+from device.sampling import FEATURES, EncodedSteps, NoiseSource, denoise_signature
 from device.tensorrt_network import Network, TensorRt
 
 _FLOAT = np.dtype(np.float32)
@@ -35,7 +33,7 @@ class TensorRtEngine:
         """Raises EngineError where TensorRT, a GPU or a built engine is missing, or does not do."""
         manifest = bundle.manifest
         self._path = bundle.path / POLICY
-        self._held: Hashable = object()  # the key of what `inputs` holds; nobody's at first
+        self._held = HeldStep(self._path)
         with ExitStack() as opening:
             self._gpu = _Gpu(bundle, precision, cache, opening)
             network = self._gpu.open(POLICY)
@@ -49,20 +47,17 @@ class TensorRtEngine:
 
     def observe(self, key: Hashable) -> None:
         """See Engine.observe."""
-        self._held = key
+        self._held.observe(key)
 
     def knows(self, key: Hashable) -> bool:
         """See Engine.knows."""
-        return key == self._held
+        return self._held.knows(key)
 
     def infer(
         self, keys: Sequence[Hashable] | None = None, *, noise: Array | None = None, step_noise: Array | None = None
     ) -> Array:
         """See Engine.infer."""
-        if keys is not None and tuple(keys) != (self._held,):
-            raise EngineError(f"{self._path}: its inputs hold another step than {list(keys)}; observe that one first")
-        if noise is not None or step_noise is not None:
-            raise EngineError(f"{self._path}: this policy does not sample, so it takes no noise")
+        self._held.check(keys, noise, step_noise)
         self._launch()
         if not np.isfinite(self._action.host).all():
             raise EngineError(f"{self._path}: {NOT_FINITE}")
@@ -82,38 +77,34 @@ class TensorRtSamplingEngine:
         """Raises EngineError where TensorRT, a GPU or a built engine is missing, or does not do."""
         manifest, table = bundle.manifest, bundle.sampler_table()
         self._path = bundle.path
-        self._steps = manifest.observation_steps
         self._noise = NoiseSource(bundle.path, manifest, table, seed)
-        self._keys = RecentKeys(ENCODINGS_PER_STEP * self._steps)
         with ExitStack() as opening:
             gpu = _Gpu(bundle, precision, cache, opening)
             network = gpu.open(ENCODER)
             features = _feature_count(bundle.path / ENCODER, network)
             network.check(manifest.input_shapes(), {FEATURES: ((features,), _FLOAT)})
             buffers = gpu.buffers(manifest.input_shapes())
-            self._features = gpu.cuda.buffer((features,), _FLOAT)
-            self._encode = gpu.record(network, buffers, {FEATURES: self._features})
+            encoding = gpu.cuda.buffer((features,), _FLOAT)
+            encode = gpu.record(network, buffers, {FEATURES: encoding})
+            self._steps = EncodedSteps(bundle.path, manifest.observation_steps, encoding.host, encode)
             self._loop = _Loop(gpu, manifest, table, features)
             self.inputs: dict[str, Array] = {name: buffer.host for name, buffer in buffers.items()}
             self._owned = opening.pop_all()
-        self._encodings: Array = np.zeros((ENCODINGS_PER_STEP * self._steps, features), np.float32)
 
     def observe(self, key: Hashable) -> None:
         """See Engine.observe."""
-        self._keys.forget(key)
-        features = self._encoded()
-        np.copyto(self._encodings[self._keys.claim(key)], features)
+        self._steps.observe(key)
 
     def knows(self, key: Hashable) -> bool:
         """See Engine.knows."""
-        return self._keys.find(key) is not None
+        return self._steps.knows(key)
 
     def infer(
         self, keys: Sequence[Hashable] | None = None, *, noise: Array | None = None, step_noise: Array | None = None
     ) -> Array:
         """See Engine.infer."""
         self._noise.check(noise, step_noise)
-        self._fill_condition(keys)
+        self._steps.fill(self._loop.condition.host, keys)
         action = self._loop.run(self._noise, noise, step_noise)
         if action is None:
             raise EngineError(f"{self._path}: {NOT_FINITE}")
@@ -124,38 +115,16 @@ class TensorRtSamplingEngine:
         self.inputs = {}
         self._owned.close()
 
-    def _encoded(self) -> Array:
-        self._encode()
-        if not np.isfinite(self._features.host).all():
-            raise EngineError(f"{self._path}: {NOT_FINITE}")
-        return self._features.host
-
-    def _fill_condition(self, keys: Sequence[Hashable] | None) -> None:
-        condition = self._loop.condition.host.reshape(self._steps, -1)
-        if keys is None and self._steps == 1:
-            np.copyto(condition[0], self._encoded())
-            return
-        if keys is None or len(keys) != self._steps:
-            raise EngineError(
-                f"{self._path}: the policy looks at {self._steps} observation steps, {len(keys or ())} keys were "
-                "given; observe each step and name them, oldest first"
-            )
-        for row, key in zip(condition, keys, strict=True):
-            place = self._keys.find(key)
-            if place is None:
-                raise EngineError(f"{self._path}: no observation step {key} is known (any more); observe it first")
-            np.copyto(row, self._encodings[place])
-
 
 class _Loop:
-    """denoise.onnx with all its steps in one recording. `condition`: host float32 [T * F], to be filled in place."""
+    """denoise.onnx with all its steps in one recording. `condition`: host float32 [T, F], to be filled in place."""
 
     def __init__(self, gpu: _Gpu, manifest: Manifest, table: SamplerTable, features: int) -> None:
         self._cuda, self._network = gpu.cuda, gpu.open(DENOISE)
         inputs, outputs = denoise_signature(manifest, table, features)
         self._network.check(inputs, outputs)
         sample, steps = inputs["sample"][0], len(table.time)
-        self.condition = gpu.cuda.buffer(inputs["condition"][0], _FLOAT)
+        self.condition = gpu.cuda.buffer((manifest.observation_steps, features), _FLOAT)
         self._action = gpu.cuda.buffer(outputs[ACTION][0], _FLOAT)
         # What one step writes the next one reads; `previous` of the first and noise of steps that draw none are zeros.
         self._samples = [gpu.cuda.buffer(sample, _FLOAT) for _ in range(2)]

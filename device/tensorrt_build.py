@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -167,23 +167,27 @@ def _first(errors: Sequence[Any]) -> str:
 
 
 def _monitor(trt: Any, progress: BuildProgress) -> Any:
+    def tell(what: Callable[..., None], *arguments: object) -> None:
+        """Ctrl-C arrives in here, the Python that runs during a build; it must not unwind through TensorRT."""
+        try:
+            what(*arguments)
+        except KeyboardInterrupt:
+            monitor.interrupted = True
+
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]  # a class of a module that is only known at run time
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
             self.interrupted = False
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-            progress.begins(phase_name, num_steps)
+            tell(progress.begins, phase_name, num_steps)
 
         def step_complete(self, phase_name: str, step: int) -> bool:
-            """Ctrl-C arrives here, the only Python that runs during a build; it must not unwind through TensorRT."""
-            try:
-                progress.completed(phase_name, step)
-            except KeyboardInterrupt:
-                self.interrupted = True
+            tell(progress.completed, phase_name, step)
             return not self.interrupted
 
         def phase_finish(self, phase_name: str) -> None:
-            progress.ends(phase_name)
+            tell(progress.ends, phase_name)
 
-    return Monitor()
+    monitor = Monitor()
+    return monitor

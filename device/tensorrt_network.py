@@ -15,9 +15,8 @@ import numpy as np
 
 from device.bundle import Bundle
 from device.cuda_runtime import Cuda
-from device.engine import EngineError
+from device.engine import EngineError, Signature
 from device.engine_cache import EngineCache
-from device.engine_onnx import Signature
 from device.tensorrt_build import key_of
 from device.tensorrt_library import keep_messages, load_tensorrt, this_machine
 

@@ -88,6 +88,11 @@ def test_importing_every_role_loads_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False, cwd=ROOT).returncode == 0
 
 
+def test_onnxruntime_is_not_paid_for_before_an_engine_of_its_is_opened() -> None:
+    code = "import sys, device.predict, device.engine_tensorrt\nsys.exit('onnxruntime' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False, cwd=ROOT).returncode == 0
+
+
 def test_mujoco_is_imported_in_one_place_which_chooses_its_back_end() -> None:
     for package in OURS:
         for path in modules(package):

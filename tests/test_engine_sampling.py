@@ -385,3 +385,12 @@ def test_a_person_can_read_how_a_policy_samples(tmp_path: Path) -> None:
         "gripper  0.25 range_0_100",
     ):
         assert text in capture.get()
+
+
+@pytest.mark.parametrize("missing", ["noise", "step_noise"])
+def test_golden_inputs_without_the_noise_that_decides_the_answer_prove_nothing(missing: str, tmp_path: Path) -> None:
+    golden = {name: array for name, array in observed().items() if name != missing}
+    answer = sampled(observed(), table()).astype(np.float32)
+    bundle = write_tiny_diffusion(tmp_path / "d", files={"golden.npz": dump_arrays(golden | {"action": answer})})
+    with pytest.raises(BundleError, match=rf"golden\.npz: {missing} is missing, without which"):
+        prove(bundle, SamplingEngine(bundle))

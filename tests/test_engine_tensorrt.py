@@ -26,6 +26,7 @@ from onnx.reference import ReferenceEvaluator
 
 from device.bundle import Bundle
 from device.bundle_build import run_build
+from device.bundle_check import check_bundle
 from device.cuda_runtime import Cuda, NotHereError
 from device.engine import EngineError, infer_observation
 from device.engine_cache import (
@@ -334,20 +335,23 @@ def test_a_build_that_fails_says_what_tensorrt_said(monkeypatch: pytest.MonkeyPa
 
 
 class Watching:
-    def __init__(self, interrupt: bool = False) -> None:
+    def __init__(self, interrupt: str = "") -> None:
         self.seen: list[str] = []
         self._interrupt = interrupt
 
     def begins(self, phase: str, steps: int) -> None:
-        self.seen.append(f"{phase} of {steps}")
+        self._saw(f"{phase} of {steps}")
 
     def completed(self, phase: str, step: int) -> None:
-        self.seen.append(f"{phase} {step}")
-        if self._interrupt:
-            raise KeyboardInterrupt
+        self._saw(f"{phase} {step}")
 
     def ends(self, phase: str) -> None:
-        self.seen.append(f"{phase} ends")
+        self._saw(f"{phase} ends")
+
+    def _saw(self, what: str) -> None:
+        self.seen.append(what)
+        if what == self._interrupt:
+            raise KeyboardInterrupt
 
 
 def test_progress_is_told(bundle: Bundle, cache: EngineCache, gpu: FakeGpu) -> None:
@@ -356,9 +360,12 @@ def test_progress_is_told(bundle: Bundle, cache: EngineCache, gpu: FakeGpu) -> N
     assert watching.seen == ["Building of 2", "Building 0", "Building 1", "Building ends"]
 
 
-def test_a_build_can_be_interrupted_and_leaves_no_engine(bundle: Bundle, cache: EngineCache, gpu: FakeGpu) -> None:
+@pytest.mark.parametrize("when", ["Building of 2", "Building 0", "Building ends"])
+def test_a_build_can_be_interrupted_and_leaves_no_engine(
+    when: str, bundle: Bundle, cache: EngineCache, gpu: FakeGpu
+) -> None:
     with pytest.raises(KeyboardInterrupt):
-        build_bundle(bundle, "fp32", cache, Watching(interrupt=True))
+        build_bundle(bundle, "fp32", cache, Watching(interrupt=when))
     assert not list(cache.folder.glob("*.engine"))
     assert gpu.live == 0
 
@@ -578,6 +585,21 @@ def test_without_tensorrt_onnxruntime_runs_it(
     assert all(record.levelno == logging.INFO for record in caplog.records if record.name == "engine")
 
 
+def test_a_tensorrt_that_breaks_in_a_way_that_nobody_foresaw_is_passed_over(
+    bundle: Bundle, cache: EngineCache, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    build_bundle(bundle, "fp32", cache)
+    monkeypatch.delattr(fake_tensorrt.IExecutionContext, "set_tensor_address")
+    opened = open_best_engine(bundle, cache)
+    assert opened.name == "onnxruntime fp32"
+    (line,) = fallen(caplog)
+    assert "tensorrt fp32 broke: AttributeError: " in line
+    assert gpu.live == 0
+    report = check_bundle(bundle.path, "tensorrt", cache=cache, runs=1)
+    assert "tensorrt fp32 broke: AttributeError" in report.problems[0]
+    assert gpu.live == 0
+
+
 def test_a_policy_that_no_engine_gets_right_is_refused(tmp_path: Path, cache: EngineCache) -> None:
     model = onnx.load_from_string(tiny_bundle.network())
     model.graph.node[-1].op_type = "Sub"
@@ -639,6 +661,18 @@ def test_the_command_says_what_it_built_and_proves_it(
     assert lines[2].startswith("policy.onnx fp32: built in ")
     assert str(cache.folder) in lines[2]
     assert lines[3].startswith("golden inputs: off by ")
+    assert gpu.live == 0
+
+
+def test_the_command_widens_half_precision_that_cannot_be_built(
+    half_bundle: Bundle, cache: EngineCache, gpu: FakeGpu, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gpu.refuses_half = True
+    run_build(half_bundle.path, cache.folder, rebuild=False)
+    lines = capsys.readouterr().out.splitlines()
+    assert "could not build an engine" in lines[0]
+    assert lines[1].startswith("policy.onnx fp32: built in ")
+    assert lines[2].startswith("golden inputs: off by ")
     assert gpu.live == 0
 
 
