@@ -96,6 +96,7 @@ class Bundle:
         if not path.is_dir():
             what = "is a file" if path.exists() else "does not exist"
             raise BundleError(f"{path} {what}; a bundle is a directory that holds {MANIFEST}")
+        path = Path(os.path.realpath(path))  # a link that is turned to another bundle meanwhile must not mix the two
         try:
             raw = (path / MANIFEST).read_bytes()
         except FileNotFoundError:
@@ -125,6 +126,7 @@ class Bundle:
                 f"raise it to {rate:g} or more, or actions would be skipped"
             )
         _check_history(self.path, self.manifest, cell)
+        _check_advance(self.path, self.manifest, cell)
 
     def golden(self) -> tuple[dict[str, Array], Array]:
         """The inputs that export ran (noise included, where the policy samples), and the reference's action chunk,
@@ -132,9 +134,9 @@ class Bundle:
         arrays = load_arrays(self.path / GOLDEN)
         expected = arrays.pop(ACTION, None)
         shape = (self.manifest.chunk_size, len(self.manifest.joints))
-        if expected is None or expected.shape != shape:
-            found = "nothing" if expected is None else f"shape {list(expected.shape)}"
-            raise BundleError(f"{self.path / GOLDEN}: {ACTION} should have shape {list(shape)}, found {found}")
+        if expected is None or expected.shape != shape or expected.dtype != np.float32:
+            found = "nothing" if expected is None else f"{expected.dtype} {list(expected.shape)}"
+            raise BundleError(f"{self.path / GOLDEN}: {ACTION} should be float32 {list(shape)}, found {found}")
         for name, array in [*arrays.items(), (ACTION, expected)]:
             if array.dtype.kind == "f" and not np.isfinite(array).all():
                 raise BundleError(f"{self.path / GOLDEN}: {name} holds NaN or infinity; export the policy again")
@@ -221,3 +223,24 @@ def _check_history(path: Path, manifest: Manifest, cell: LoadedCell) -> None:
                 f"{path}: the policy looks back {back / rate:.2g} s, but at {fps:g} frames/s of camera {name!r} "
                 f"{held:.2g} s are held; lower cameras.{name}.fps of {cell.path} (the policy acts at {rate:g} Hz)"
             )
+
+
+def _check_advance(path: Path, manifest: Manifest, cell: LoadedCell) -> None:
+    """A chunk must last until the next one's observation, or the arm would stop before each of them."""
+    policy, rate = cell.cell.policy, manifest.action_rate_hz
+    advance = policy.advance or manifest.handoff.advance
+    if advance is None:
+        return
+    source = f"policy.advance of {cell.path}" if policy.advance else "the bundle"
+    gap_s = advance / rate
+    if manifest.chunk_size > 1 and advance >= manifest.chunk_size:
+        raise BundleError(
+            f"{path}: {source} asks for a chunk every {advance} actions, but a chunk has {manifest.chunk_size}, and "
+            f"the next one takes time to infer; set policy.advance to {manifest.chunk_size - 1} or less"
+        )
+    if gap_s >= policy.staleness_s:
+        raise BundleError(
+            f"{path}: {source} asks for a chunk every {advance} actions at {rate:g} Hz, which is every {gap_s:.2g} s, "
+            f"but after policy.staleness_s = {policy.staleness_s:g} without an observation the arm holds; set "
+            f"policy.advance to fewer actions, or policy.staleness_s to more than {gap_s:.2g} s and an inference"
+        )

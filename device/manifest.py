@@ -26,6 +26,7 @@ NOISE = "noise"
 STEP_NOISE = "step_noise"
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Error = Annotated[float, Field(ge=0, allow_inf_nan=False)]  # the bound of parity follows from it
 Family = Literal["act", "diffusion", "cloning"]  # ACT; what denoises; plain behaviour cloning
 Count = Annotated[int, Field(gt=0)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -78,10 +79,10 @@ class Fidelity(_Strict):
     """What export measured on its golden inputs, in joint units."""
 
     weights: Literal["fp32", "fp16"]  # as stored
-    max_error: float  # the engine in onnxruntime against the PyTorch forward with the same (rounded) weights
-    max_rounding_error: float  # PyTorch forward with the stored weights against the checkpoint's own
+    max_error: Error  # the engine in onnxruntime against the PyTorch forward with the same (rounded) weights
+    max_rounding_error: Error  # PyTorch forward with the stored weights against the checkpoint's own
     precision: Literal["fp32", "fp16", "int8"] = "fp32"  # of the network's arithmetic
-    joint_errors: tuple[float, ...] = ()  # per joint, largest error against fp32 on recorded observations
+    joint_errors: tuple[Error, ...] = ()  # per joint, largest error against fp32 on recorded observations
     observations: int = 0  # how many recorded observations that was
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from fixtures.tiny_bundle import JOINTS, document, expected, observed, write_tin
 from fixtures.tiny_diffusion import sampler
 
 FIDELITY = document()["fidelity"]
+HANDOFF = document()["handoff"]
 
 
 @pytest.fixture
@@ -68,6 +70,16 @@ def test_it_may_be_moved_and_reached_through_a_link(bundle: Bundle, tmp_path: Pa
     shutil.move(bundle.path, tmp_path / "moved")
     (tmp_path / "current").symlink_to("moved")
     assert Bundle.open(tmp_path / "current").digest == bundle.digest
+
+
+def test_a_link_that_is_turned_to_another_bundle_does_not_mix_the_two(bundle: Bundle, tmp_path: Path) -> None:
+    other = write_tiny_bundle(tmp_path / "other", action_rate_hz=10.0)
+    current = tmp_path / "current"
+    current.symlink_to(bundle.path)
+    opened = Bundle.open(current)
+    current.unlink()
+    current.symlink_to(other.path)
+    assert opened.path == bundle.path, "its graphs and golden values are read later, and are those of its manifest"
 
 
 def test_arrays_are_written_the_same_each_time() -> None:
@@ -121,6 +133,10 @@ def test_a_newer_schema_says_what_to_update(bundle: Bundle) -> None:
         ({"sampler": sampler()}, "sampler: a policy of family act answers at once"),
         ({"fidelity": FIDELITY | {"joint_errors": [0.1]}}, "joint_errors has 1 for 6 joints"),
         ({"fidelity": FIDELITY | {"precision": "fp8"}}, "fidelity.precision"),
+        ({"fidelity": FIDELITY | {"max_error": float("inf")}}, "fidelity.max_error: Input should be a finite number"),
+        ({"fidelity": FIDELITY | {"max_error": float("nan")}}, "fidelity.max_error"),
+        ({"fidelity": FIDELITY | {"joint_errors": [float("nan")] * 6}}, "fidelity.joint_errors.0"),
+        ({"fidelity": FIDELITY | {"joint_errors": [-1.0] * 6}}, "fidelity.joint_errors.0"),
     ],
 )
 def test_a_manifest_that_says_something_odd_is_refused(bundle: Bundle, changes: dict[str, Any], says: str) -> None:
@@ -147,7 +163,8 @@ def test_what_is_no_directory_is_refused(bundle: Bundle, tmp_path: Path) -> None
     [
         ({"action": np.full((4, 6), np.nan, np.float32)}, "action holds NaN or infinity"),
         ({"observation.state": np.full(6, np.inf, np.float32)}, "observation.state holds NaN or infinity"),
-        ({"action": np.zeros((3, 6), np.float32)}, r"action should have shape [4, 6], found shape [3, 6]"),
+        ({"action": np.zeros((3, 6), np.float32)}, "action should be float32 [4, 6], found float32 [3, 6]"),
+        ({"action": np.zeros((4, 6), np.complex64)}, "action should be float32 [4, 6], found complex64 [4, 6]"),
     ],
 )
 def test_golden_values_that_prove_nothing_are_refused(bundle: Bundle, golden: dict[str, Any], says: str) -> None:
@@ -221,3 +238,46 @@ def test_a_policy_that_sees_more_than_a_cell_can_does_not_fit(tmp_path: Path, ce
 
 def test_a_state_that_is_more_than_positions_does_not_fit(tmp_path: Path, cell: LoadedCell) -> None:
     assert "has 12 values for 6 joints" in unfit(tmp_path, cell, state_size=12)
+
+
+def with_policy(tmp_path: Path, lines: str) -> LoadedCell:
+    text = VIRTUAL_CELL.read_text().replace('"calibration.json"', f'"{VIRTUAL_CELL.parent / "calibration.json"}"')
+    text = re.sub(r"(?s)\[policy\].*?(?=\n\[)", f"[policy]\n{lines}", text)
+    (tmp_path / "cell.toml").write_text(text)
+    return load_cell(tmp_path / "cell.toml")
+
+
+@pytest.mark.parametrize(
+    ("lines", "advance", "changes", "says"),
+    [
+        ("", 4, {}, "the bundle asks for a chunk every 4 actions, but a chunk has 4, and the next one takes time"),
+        ("advance = 9", 2, {}, "every 9 actions, but a chunk has 4, and the next one takes time to infer; set "
+         "policy.advance to 3 or less"),
+        ("", 3, {"action_rate_hz": 5.0}, "every 3 actions at 5 Hz, which is every 0.6 s, but after policy.staleness_s "
+         "= 0.5 without an observation the arm holds"),
+        ("staleness_s = 0.1", 3, {}, "every 0.1 s, but after policy.staleness_s = 0.1"),
+        ("", 20, {"family": "cloning", "chunk_size": 1}, "which is every 0.67 s"),
+    ],
+)  # fmt: skip
+def test_a_chunk_that_is_over_before_the_next_one_is_looked_for_does_not_fit(
+    lines: str, advance: int, changes: dict[str, Any], says: str, tmp_path: Path
+) -> None:
+    message = unfit(tmp_path, with_policy(tmp_path, lines), handoff=HANDOFF | {"advance": advance}, **changes)
+    assert says in message
+
+
+@pytest.mark.parametrize(
+    ("lines", "advance", "changes"),
+    [
+        ("", 3, {}),
+        ("advance = 2", 9, {}),  # the cell overrides what the bundle recommends
+        ("staleness_s = 0.7", 3, {"action_rate_hz": 5.0}),
+        ("", 1, {"family": "cloning", "chunk_size": 1}),
+        ("", None, {"action_rate_hz": 1.0}),
+    ],
+)
+def test_a_chunk_that_lasts_until_the_next_one_fits(
+    lines: str, advance: int | None, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    handoff = HANDOFF | {"advance": advance}
+    write_tiny_bundle(tmp_path / "fit", handoff=handoff, **changes).check_fits(with_policy(tmp_path, lines))
