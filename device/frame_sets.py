@@ -83,9 +83,13 @@ class Cameras:
                 self.trouble = f"{name} gives {frame['width']}x{frame['height']}, the policy takes {width}x{height}"
                 return False
             try:
-                simplejpeg.decode_jpeg(frame["data"][: frame["size"]], colorspace="RGB", buffer=target)
+                picture = simplejpeg.decode_jpeg(frame["data"][: frame["size"]], colorspace="RGB", buffer=target)
             except ValueError as error:
                 self.trouble = f"{name}: a frame that is no JPEG: {error}"
+                return False
+            if picture.shape != target.shape:  # a smaller one leaves the rest of the frame before in its place
+                found = f"{picture.shape[1]}x{picture.shape[0]}"
+                self.trouble = f"{name}: a JPEG of {found} in a frame of {width}x{height}"
                 return False
         return True
 

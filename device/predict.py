@@ -32,6 +32,7 @@ from device.topic import TopicReader, TopicWriter, topic_path
 logger = logging.getLogger("predict")
 
 TROUBLE_LASTS_S = 1.0
+LATE_CHUNKS = 3  # one after the other are no coincidence
 
 
 class Predict:
@@ -58,6 +59,12 @@ class Predict:
         self._chunks = TopicWriter(topic_path(runtime, "chunks"), dtype, TOPICS["chunks"].slots)
         self._dt_ns = round(1e9 / manifest.action_rate_hz)
         self._advance_ns = advance_ns(manifest, cell.cell.policy.advance)
+        self._useful_ns = useful_ns(manifest, cell.cell.policy.staleness_s)
+        self._late_chunks = 0
+        self._late = Once(
+            lambda reason: event(logger, "chunks.late", level=logging.WARNING, reason=reason),
+            lambda: event(logger, "chunks.in_time"),
+        )
         self._due_ns = 0  # observations from before are let pass: a chunk is followed for a while before the next
         self._policy = bundle.digest.encode()
         self._delay_s = delay_s
@@ -126,7 +133,7 @@ class Predict:
         while position is None and (left := deadline - time.monotonic()) > 0:
             self._joints.wait(left, self._joints.cursor)
             position = self._joints.at(t_ns, "position")
-        if position is None:
+        if position is None or not np.isfinite(position).all():
             return False
         self._engine.inputs[STATE][...] = position
         return True
@@ -144,6 +151,25 @@ class Predict:
             record["inference_ns"] = inference_ns
             record["policy"] = self._policy
             record["actions"] = actions
+        self._note_lateness(time.monotonic_ns() - observed.t_ns)
+
+    def _note_lateness(self, age_ns: int) -> None:
+        """Chunks that are over when they come move nothing: that must not look like an arm that has nothing to do."""
+        self._late_chunks = self._late_chunks + 1 if age_ns > self._useful_ns else 0
+        age_ms, bound_ms = age_ns / 1e6, self._useful_ns / 1e6
+        self._late.update(
+            self._late_chunks >= LATE_CHUNKS,
+            f"a chunk comes {age_ms:.0f} ms after its observation and is of use for {bound_ms:.0f} ms: the arm holds; "
+            "build engines (understudy bundle build), export the policy with fewer steps, or raise policy.staleness_s",
+        )
+
+
+def useful_ns(manifest: Manifest, staleness_s: float) -> int:
+    """How long after its observation a chunk moves the arm: until its last action, and never when it is stale."""
+    stale_ns = round(staleness_s * 1e9)
+    if manifest.chunk_size == 1:  # a single action holds, see device.ensemble
+        return stale_ns
+    return min(stale_ns, round((manifest.chunk_size - 1) * 1e9 / manifest.action_rate_hz))
 
 
 def advance_ns(manifest: Manifest, chosen: int | None) -> int:

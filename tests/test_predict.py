@@ -19,11 +19,14 @@ from device.config import VIRTUAL_CELL, LoadedCell, load_cell
 from device.engine import EngineError
 from device.errors import BundleError
 from device.messages import TOPICS, frames_dtype, joints_dtype
-from device.predict import Predict
+from device.predict import Predict, useful_ns
 from device.topic import TopicReader, TopicWriter, topic_path
 from fixtures.tiny_bundle import FRONT, STATE, network, write_tiny_bundle
 
 MS = 1_000_000
+# What a camera sends that does not keep to the size it agreed to.
+SMALLER = simplejpeg.encode_jpeg(np.full((48, 64, 3), 200, np.uint8))
+AS_LARGE = simplejpeg.encode_jpeg(np.full((64, 144, 3), 200, np.uint8))
 
 
 class Scene:
@@ -101,6 +104,8 @@ def test_it_never_infers_twice_on_the_same_frame(scene: Scene) -> None:
         (400, (96, 96), None, "ms old"),
         (10, (48, 64), None, "gives 64x48, the policy takes 96x96"),
         (10, (96, 96), b"\xff\xd8 this is no picture", "no JPEG"),
+        (10, (96, 96), SMALLER, "a JPEG of 64x48 in a frame of 96x96"),
+        (10, (96, 96), AS_LARGE, "a JPEG of 144x64 in a frame of 96x96"),
     ],
 )
 def test_a_frame_that_is_no_observation_leads_to_no_chunk(
@@ -154,3 +159,43 @@ def test_a_policy_without_cameras_has_nothing_that_sets_its_time(tmp_path: Path)
     bundle = write_tiny_bundle(tmp_path / "tiny", cameras=[])
     with pytest.raises(BundleError, match="has no camera, whose frames"):
         Predict(cell_with(bundle, tmp_path), tmp_path / "run")
+
+
+def test_a_joint_state_that_is_not_finite_is_no_observation_whatever_the_policy_makes_of_it(scene: Scene) -> None:
+    """A network that clips its inputs would answer numbers that look like motion."""
+    now = time.monotonic_ns()
+    scene.position(now - 60 * MS, float("nan"))
+    scene.position(now, float("nan"))
+    scene.frame(now - 30 * MS)
+    assert scene.predict._cameras.next(0.05) is not None
+    assert not scene.predict._fill_state(now - 30 * MS)
+
+
+def test_chunks_that_are_over_when_they_come_are_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    cell = cell_with(write_tiny_bundle(tmp_path / "tiny"), tmp_path)
+    scene = Scene(cell, tmp_path / "run")
+    try:
+        now = time.monotonic_ns()
+        scene.position(now - 1000 * MS, 0.0)
+        scene.position(now + 60_000 * MS, 0.0)
+        for number in range(5):  # four actions at 30 Hz are over after 100 ms
+            scene.frame(now - (140 - number) * MS)
+            scene.predict._cameras._max_age_ns = 60_000 * MS
+            assert scene.predict.step()
+        told = [record.message for record in caplog.records if record.name == "predict"]
+        assert len(told) == 1
+        assert told[0].startswith("chunks.late reason=")
+        assert "is of use for 100 ms: the arm holds" in told[0]
+    finally:
+        scene.close()
+
+
+@pytest.mark.parametrize(
+    ("changes", "staleness_s", "expected_ns"),
+    [({}, 0.5, 100 * MS), ({}, 0.05, 50 * MS), ({"family": "cloning", "chunk_size": 1}, 0.5, 500 * MS)],
+)
+def test_a_chunk_is_of_use_until_its_last_action_and_while_it_is_fresh(
+    changes: dict[str, object], staleness_s: float, expected_ns: int, tmp_path: Path
+) -> None:
+    manifest = Bundle.open(write_tiny_bundle(tmp_path / "tiny").path).manifest.model_copy(update=changes)
+    assert useful_ns(manifest, staleness_s) == expected_ns
