@@ -274,3 +274,37 @@ def test_fresh_chunks_of_one_action_are_not_averaged() -> None:
         choice = ensemble.at(tick * DT)
         assert choice is not None
         assert choice.action[0] == tick
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    chunks=st.lists(st.tuples(st.integers(5, 700), st.integers(0, 250), st.floats(-90, 90)), min_size=1, max_size=12),
+    method=st.sampled_from(["ensemble", "crossfade", "latest"]),
+    staleness_ms=st.sampled_from([100, 300, 500]),
+)
+def test_single_actions_lead_only_where_they_point_and_for_as_long_as_they_are_fresh(
+    chunks: list[tuple[int, int, float]], method: str, staleness_ms: int
+) -> None:
+    """Whatever the spacing and the latency: a goal between those that were given, and none once the newest is stale."""
+    ensemble = ChunkEnsemble(1, 1, method=method, staleness_ns=staleness_ms * MS)
+    arrivals, t_obs = [], 0
+    for spacing, latency, goal in chunks:
+        arrivals.append((max(t_obs + latency, arrivals[-1][0] if arrivals else 0), t_obs, goal))
+        t_obs += spacing
+    given: list[tuple[int, float]] = []
+    for t in range(0, arrivals[-1][0] + 2 * staleness_ms, 7):
+        while arrivals and arrivals[0][0] <= t:
+            known, observed, goal = arrivals.pop(0)
+            assert ensemble.add(known * MS, observed * MS, DT, np.array([[goal]]))
+            given.append((observed, goal))
+        choice = ensemble.at(t * MS)
+        fresh = [goal for observed, goal in given if observed <= t]
+        age = t - given[-1][0] if fresh else staleness_ms + 1
+        assert (choice is None) == (age > staleness_ms)
+        if choice is not None:
+            goal = float(choice.action[0])
+            assert min(fresh) - 1e-9 <= goal <= max(fresh) + 1e-9
+            assert choice.age_ns == age * MS
+            if method != "crossfade":
+                assert goal == fresh[-1]
+    assert ensemble.at((t + staleness_ms) * MS) is None, "chunks stopped, and so does the arm"
