@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 
 from export.distillation.gate import Verdict
 
-FIRST = (1.0, 0.95, 0.9)  # of the schedule's length
-BENDS = (0.7, 1.0, 1.4, 2.0)  # the larger, the sooner the later steps come to where there is little noise
+FIRST = (1.0, 0.95, 0.9, 0.85)  # of the schedule's length
+BENDS = (1.0, 1.5, 2.0, 3.0)  # the larger, the sooner the later steps come to where there is little noise
 
 
 def candidates(steps: int, trained: int) -> list[tuple[int, ...]]:

