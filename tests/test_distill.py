@@ -370,9 +370,9 @@ def test_a_state_runs_no_code(tmp_path: Path) -> None:
 
 def test_features_are_the_encoders(teacher: Path, material: Recorded, episodes: Path) -> None:
     parent, episode = read_teacher(teacher), open_episodes(episodes)[1]
-    seen = {"observation.state": episode.states[4:6]}
+    seen = {"observation.state": episode.states[4:6].copy()}
     assert episode.environment is not None
-    seen["observation.environment_state"] = episode.environment[4:6]
+    seen["observation.environment_state"] = episode.environment[4:6].copy()
     expected = parent.policy.condition(seen)
     found = material.conditions(np.array([LENGTH + 5]))
     np.testing.assert_allclose(found.numpy(), expected.numpy(), atol=1e-5)
