@@ -18,7 +18,7 @@ from device.bundle import Bundle
 from device.cuda_runtime import NotHereError
 from device.engine import EngineError
 from device.engine_cache import EngineCache, default_cache
-from device.engine_choice import only_our_errors, parity_bound, prove
+from device.engine_choice import only_our_errors, parity_bound, prove, release
 from device.engine_tensorrt import open_tensorrt
 from device.tensorrt_build import build_bundle, precisions_of
 
@@ -83,4 +83,4 @@ def _prove(bundle: Bundle, precision: str, engines: EngineCache) -> float:
     try:
         return prove(bundle, engine)
     finally:
-        engine.close()
+        release(engine)

@@ -15,7 +15,7 @@ import json
 import os
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -102,9 +102,16 @@ class EngineCache:
             descriptor = os.open(self.folder / ".building", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
+            self._sweep()
             yield
         finally:
             os.close(descriptor)
+
+    def _sweep(self) -> None:
+        """Remove what builds that were killed left half written; nobody else writes while this one has the lock."""
+        for partial in self.folder.glob(".*.partial"):
+            with suppress(OSError):
+                partial.unlink()
 
     def _timing_path(self, machine: Machine) -> Path:
         return self.folder / f"{_digest(asdict(machine))[:16]}.timing"

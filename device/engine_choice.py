@@ -112,6 +112,9 @@ def open_best_engine(
             event(logger, "engine.passed_over", level=level, engine=candidate.name, reason=str(error))
             continue
         event(logger, "engine.opened", engine=opened.name, golden_error=opened.golden_error)
+        bound, usual = parity_bound(bundle), PARITY_BOUND[bundle.manifest.fidelity.precision]
+        if bound > usual:
+            event(logger, "engine.bound_raised", level=logging.WARNING, bound=bound, usual=usual)
         return opened
     raise EngineError(
         f"{bundle.path}: no engine of this machine runs it: {problem}; export it again, or update the device"
@@ -189,7 +192,14 @@ def open_onnxruntime(bundle: Bundle, providers: Sequence[Provider], threads: int
 
 
 def release(engine: Engine) -> None:
-    """Give an engine's memory back. onnxruntime's goes with the last reference; TensorRT's must be told."""
+    """Give an engine's memory back. onnxruntime's goes with the last reference; TensorRT's must be told.
+
+    A GPU that has failed refuses that too; the process's end gives it back then, and why it failed was said before.
+    """
     close = getattr(engine, "close", None)
-    if close is not None:
+    if close is None:
+        return
+    try:
         close()
+    except EngineError as error:
+        event(logger, "engine.not_given_back", level=logging.WARNING, reason=str(error))

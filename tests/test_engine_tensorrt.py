@@ -8,6 +8,7 @@ modules have the names used here is test_nvidia_names.py's; that a GPU does the 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -224,6 +225,20 @@ def test_a_launch_that_fails_is_named(bundle: Bundle, cache: EngineCache, gpu: F
     assert gpu.live == 0
 
 
+def test_a_gpu_that_does_not_take_its_memory_back_is_told_and_stops_nobody(
+    bundle: Bundle, cache: EngineCache, gpu: FakeGpu, caplog: pytest.LogCaptureFixture
+) -> None:
+    """After a fault in a kernel every call fails, those that free memory too."""
+    build_bundle(bundle, "fp32", cache)
+    gpu.fails["cudaGraphLaunch"] = gpu.fails["cudaFree"] = cudaError_t.cudaErrorInvalidValue
+    assert open_best_engine(bundle, cache).name == "onnxruntime fp32"
+    lines = fallen(caplog)
+    assert lines[0].startswith('engine.not_given_back reason="cudaFree failed')
+    assert "cudaGraphLaunch failed" in lines[1]
+    report = check_bundle(bundle.path, "tensorrt", cache=cache, runs=1)
+    assert "cudaGraphLaunch failed" in report.problems[0]
+
+
 def test_an_engine_that_another_tensorrt_built_is_refused(
     bundle: Bundle, cache: EngineCache, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -387,6 +402,30 @@ def test_one_builds_at_a_time(cache: EngineCache) -> None:
         order.append("first")
     thread.join()
     assert order == ["first", "second"]
+
+
+def test_what_a_killed_build_left_is_swept_away(cache: EngineCache) -> None:
+    cache.folder.mkdir()
+    (cache.folder / ".aa.engine.1234.partial").write_bytes(b"half")
+    (cache.folder / "aa.engine").write_bytes(b"whole")
+    with cache.exclusively():
+        assert sorted(path.name for path in cache.folder.iterdir()) == [".building", "aa.engine"]
+
+
+def test_a_full_disk_leaves_no_engine_and_no_part_of_one(
+    bundle: Bundle, cache: EngineCache, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_room(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as full:
+        full.setattr("os.fsync", no_room)
+        with pytest.raises(EngineCacheError, match="No space left on device; give another folder with --cache"):
+            build_bundle(bundle, "fp32", cache)
+    assert [path.name for path in cache.folder.iterdir()] == [".building"]
+    assert gpu.live == 0
+    build_bundle(bundle, "fp32", cache)
+    TensorRtEngine(bundle, "fp32", cache).close()
 
 
 # Where engines lie
@@ -583,6 +622,14 @@ def test_without_tensorrt_onnxruntime_runs_it(
     opened = open_best_engine(bundle, cache)
     assert opened.name == "onnxruntime fp32"
     assert all(record.levelno == logging.INFO for record in caplog.records if record.name == "engine")
+
+
+def test_a_bound_that_somebody_raised_is_told(
+    tmp_path: Path, cache: EngineCache, caplog: pytest.LogCaptureFixture
+) -> None:
+    forced = write_tiny_bundle(tmp_path / "forced", fidelity=FP16 | {"precision": "int8", "joint_errors": [4.0] * 6})
+    open_best_engine(forced, cache)
+    assert fallen(caplog) == ["engine.bound_raised bound=8 usual=3"]
 
 
 def test_a_tensorrt_that_breaks_in_a_way_that_nobody_foresaw_is_passed_over(

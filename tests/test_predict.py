@@ -199,3 +199,19 @@ def test_a_chunk_is_of_use_until_its_last_action_and_while_it_is_fresh(
 ) -> None:
     manifest = Bundle.open(write_tiny_bundle(tmp_path / "tiny").path).manifest.model_copy(update=changes)
     assert useful_ns(manifest, staleness_s) == expected_ns
+
+
+def test_frames_that_go_backwards_lead_to_no_chunk(scene: Scene) -> None:
+    now = time.monotonic_ns()
+    scene.position(now - 1000 * MS, 0.0)
+    scene.position(now + 60_000 * MS, 0.0)
+    scene.frame(now - 30 * MS)
+    assert scene.predict.step()
+    for before_ms in (31, 100, 30):
+        scene.frame(now - before_ms * MS, red=200)
+        assert not scene.predict.step(0.02)
+    scene.frame(now - 10 * MS)
+    assert scene.predict.step()
+    chunk = scene.chunks.latest()
+    assert chunk is not None
+    assert (chunk["chunk_id"], chunk["t_obs_ns"]) == (2, now - 10 * MS)

@@ -250,3 +250,17 @@ def test_a_cell_that_cannot_give_the_history_is_refused(
     with pytest.raises(BundleError) as caught:
         bundle.check_fits(cell)
     assert says in str(caught.value)
+
+
+def test_a_camera_that_was_away_has_no_history_until_it_has_given_two_frames(tmp_path: Path, scene: Scene) -> None:
+    now = time.monotonic_ns()
+    scene.frame(now - 3 * PERIOD_NS, red=40)
+    scene.frame(now - 2 * PERIOD_NS, red=200)
+    assert scene.predict.step()
+    scene.frames.close()
+    scene.frames = frames_writer(load_cell(tmp_path / "cell.toml"), tmp_path / "run", "front")
+    scene.frame(now - PERIOD_NS, red=90)
+    assert not scene.predict.step(0.05), "what the camera saw before it went away is not one period ago"
+    scene.frame(now, red=10)
+    assert scene.predict.step()
+    np.testing.assert_allclose(actions_of(scene), scene.expected(now - PERIOD_NS, now), atol=1e-3)
