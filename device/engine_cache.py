@@ -1,10 +1,11 @@
 """Where TensorRT's engines lie on a device, and under which key: an engine runs only where it was built.
 
-An engine depends on the GPU, on TensorRT's and CUDA's versions, on the power mode that its kernels were timed in, and
-on the graph; all of them are in its key, so a JetPack update or another `nvpmodel` makes an engine unfindable instead
-of wrong. An engine counts once its description stands beside it: the description is written last and holds the
-engine's hash, so a power cut or a flipped bit leads to a new build, never into TensorRT's deserialiser. Timing caches,
-one a device, make the next build shorter. `tensorrt_build.py` writes here, `engine_tensorrt.py` reads.
+An engine depends on the GPU, on TensorRT's and CUDA's versions, on the power mode that its kernels were timed in, on
+the graph and on how it is built of it; all of them are in its key, so a JetPack update or another `nvpmodel` makes an
+engine unfindable instead of wrong. An engine counts once its description stands beside it: the description is written
+last and holds the engine's hash, so a power cut or a flipped bit leads to a new build, never into TensorRT's
+deserialiser. Timing caches, one a device, make the next build shorter. `tensorrt_build.py` writes here,
+`engine_tensorrt.py` reads.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ DEFAULT_CACHE = Path("/var/cache/understudy/engines")
 POWER_STATUS = Path("/var/lib/nvpmodel/status")  # of nvpmodel on a Jetson: "pmode:0002 fmode:fanNull"
 BOARD = Path("/proc/device-tree/model")
 UNKNOWN = "unknown"
+# Of `tensorrt_build.py`: another one with every change to its flags or to what it edits in a graph.
+RECIPE = "1"
 
 
 class EngineCacheError(UnderstudyError, OSError):
@@ -135,7 +138,7 @@ def default_cache() -> Path:
 
 def engine_key(machine: Machine, precision: str, graph_sha256: str) -> str:
     """The name of an engine: hex SHA-256 over everything that it depends on."""
-    return _digest({**asdict(machine), "precision": precision, "graph_sha256": graph_sha256})
+    return _digest({**asdict(machine), "precision": precision, "graph_sha256": graph_sha256, "recipe": RECIPE})
 
 
 def power_mode(status: Path = POWER_STATUS) -> str:

@@ -82,6 +82,7 @@ class Predict:
             self._note_trouble(self._cameras.trouble)
             return False
         if steps[-1].t_ns < self._due_ns:
+            self._no_trouble()
             return False
         try:
             encoding_ns = self._observe(steps)
@@ -92,8 +93,7 @@ class Predict:
         except EngineError as error:
             self._note_trouble(str(error))
             return False
-        self._troubled_since = None
-        self._trouble.update(False)
+        self._no_trouble()
         if self._delay_s:
             time.sleep(self._delay_s)
         self._publish(steps[-1], actions, encoding_ns + time.monotonic_ns() - began_ns)
@@ -125,6 +125,10 @@ class Predict:
         now = time.monotonic()
         self._troubled_since = self._troubled_since or now
         self._trouble.update(now - self._troubled_since > TROUBLE_LASTS_S, reason)
+
+    def _no_trouble(self) -> None:
+        self._troubled_since = None
+        self._trouble.update(False)
 
     def _fill_state(self, t_ns: int) -> bool:
         """Joint positions at t_ns, waiting for the tick after it if need be (frames can be ahead of the joints)."""

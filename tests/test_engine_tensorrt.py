@@ -434,13 +434,15 @@ def test_a_full_disk_leaves_no_engine_and_no_part_of_one(
 @pytest.mark.parametrize(
     "change", [{"gpu": "Thor"}, {"sm": "8.7 x16"}, {"tensorrt": "10.3.1"}, {"cuda": "12.8"}, {"power_mode": "0"}]
 )
-def test_whatever_an_engine_depends_on_is_in_its_key(change: dict[str, str]) -> None:
+def test_whatever_an_engine_depends_on_is_in_its_key(change: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     key = engine_key(MACHINE, "fp16", "a" * 64)
     assert len(key) == 64
     assert key == engine_key(MACHINE, "fp16", "a" * 64)
     others = {engine_key(replace(MACHINE, **change), "fp16", "a" * 64), engine_key(MACHINE, "fp32", "a" * 64)}
     others.add(engine_key(MACHINE, "fp16", "b" * 64))
-    assert len(others | {key}) == 4
+    monkeypatch.setattr("device.engine_cache.RECIPE", "another")
+    others.add(engine_key(MACHINE, "fp16", "a" * 64))
+    assert len(others | {key}) == 5
 
 
 def test_an_engine_counts_only_with_its_description_and_unchanged(cache: EngineCache) -> None:

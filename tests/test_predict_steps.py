@@ -264,3 +264,15 @@ def test_a_camera_that_was_away_has_no_history_until_it_has_given_two_frames(tmp
     scene.frame(now, red=10)
     assert scene.predict.step()
     np.testing.assert_allclose(actions_of(scene), scene.expected(now - PERIOD_NS, now), atol=1e-3)
+
+
+def test_observations_that_are_let_pass_end_a_trouble(scene: Scene) -> None:
+    now = time.monotonic_ns()
+    scene.frame(now - 2 * PERIOD_NS, red=40)
+    assert not scene.predict.step(0.02)
+    assert scene.predict._troubled_since is not None
+    scene.predict._due_ns = now + 1000 * MS
+    scene.frame(now - PERIOD_NS, red=40)
+    assert not scene.predict.step(0.02)
+    assert scene.predict._troubled_since is None
+    assert scene.chunks.latest() is None
