@@ -30,6 +30,8 @@ def refuse_occupied(out: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise ExportError(f"{out} exists already; give another --out, or remove it first")
+    if out.is_symlink():
+        raise ExportError(f"{out} is a link, which is not overwritten; give what it points to")
     if not (out / MANIFEST).is_file():
         raise ExportError(f"{out} is no bundle, so it is not overwritten; give another --out")
 
@@ -79,10 +81,23 @@ def partial_bundle(out: Path, overwrite: bool = False) -> Iterator[PartialBundle
     try:
         partial.chmod(0o755)
         yield PartialBundle(partial)
-        if overwrite and out.exists():
-            shutil.rmtree(out)
-        rename_durably(partial, out)
+        _put(partial, out, overwrite)
     except OSError as error:
         raise ExportError(f"{out} cannot be written: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _put(partial: Path, out: Path, overwrite: bool) -> None:
+    """Rename `partial` to `out`. What is replaced steps aside first, and comes back where that fails."""
+    if not (overwrite and out.exists()):
+        rename_durably(partial, out)
+        return
+    aside = partial.with_name(f"{partial.name}.replaced")
+    out.rename(aside)
+    try:
+        rename_durably(partial, out)
+    except OSError:
+        aside.rename(out)
+        raise
+    shutil.rmtree(aside)

@@ -46,6 +46,8 @@ from firmware_bridge.calibration import Unit
 IMAGES = "observation.images."
 ENSEMBLE_M = 0.01  # Zhao et al. 2023, and LeRobot's documentation
 USUAL_RATE_HZ = 30.0  # of the field's recordings, where neither files nor person say
+# What a manifest calls its fields -> the options that a person gave them by.
+OPTIONS = {"action_rate_hz": "--rate", "method": "--handoff", "m": "--ensemble-m", "advance": "--advance"}
 
 Method = Literal["ensemble", "crossfade", "latest"]
 Progress = Callable[[str], None]
@@ -236,8 +238,8 @@ def draft_manifest(source: Checkpoint, policy: Policy, chosen: Choices) -> Manif
         )
     except ValidationError as error:
         problem = error.errors()[0]
-        option = "".join(f"{part}: " for part in problem["loc"])
-        raise ExportError(option + problem["msg"].removeprefix("Value error, ")) from None
+        where = "".join(f"{OPTIONS.get(str(part), part)}: " for part in problem["loc"])
+        raise ExportError(where + problem["msg"].removeprefix("Value error, ")) from None
 
 
 def _describe_sampler(manifest: Manifest) -> str | None:
@@ -284,7 +286,11 @@ def _handoff(policy: Policy, chosen: Choices) -> Handoff:
     """As chosen, else what the policy recommends; `m` is for the ensemble only."""
     recommended = policy.handoff
     method = chosen.handoff or recommended.method
+    if chosen.ensemble_m is not None and method != "ensemble":
+        raise ExportError(f"--ensemble-m is of the ensemble, and chunks are handed over by {method}: leave it out")
     m = next((m for m in (chosen.ensemble_m, recommended.m, ENSEMBLE_M) if m is not None), None)
+    if chosen.advance is not None and chosen.advance > policy.chunk_size:
+        raise ExportError(f"--advance: expected at most {policy.chunk_size}, a chunk's actions, found {chosen.advance}")
     advance = chosen.advance or recommended.advance
     return Handoff(method=method, m=m if method == "ensemble" else None, advance=advance)
 

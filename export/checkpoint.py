@@ -103,7 +103,7 @@ def parse_features(document: Mapping[str, Any], where: str) -> tuple[Feature, ..
     for name, entry in document.items():
         try:
             kind, shape = str(entry["type"]), tuple(int(size) for size in entry["shape"])
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, OverflowError):
             raise ExportError(f"{where}: {name} should have a type and a shape, found {entry!r}") from None
         if not shape or min(shape) < 1 or (kind == "VISUAL") != (len(shape) == 3):
             raise ExportError(f"{where}: {name}: {list(shape)} is no shape for {kind}")

@@ -54,7 +54,7 @@ def export(
     ] = None,
     rate: Annotated[
         Optional[float],  # noqa: UP045
-        _option("Actions a second in training; 30 where neither you nor a LeRobot checkpoint says.", UNSAID),
+        _option("Actions a second in training; 30 where you do not say.", UNSAID),
     ] = None,
     cameras: Annotated[
         Optional[str],  # noqa: UP045

@@ -36,7 +36,7 @@ def read_policy(path: Path, told: Told, sampling: Sampling) -> tuple[Checkpoint,
     """The checkpoint at `path` as it was saved, and understood. Raises ExportError."""
     source = _read_files(path, told)
     kind = source.config.get("type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise ExportError(f"{source.path}: type: {kind} is not supported; supported are {', '.join(FAMILIES)}")
     policy = FAMILIES[kind](source, sampling)
     if policy.sampler is None and sampling.chosen:
@@ -45,8 +45,10 @@ def read_policy(path: Path, told: Told, sampling: Sampling) -> tuple[Checkpoint,
 
 
 def _read_files(path: Path, told: Told) -> Checkpoint:
-    if find_payload(path):
-        return read_payload(path, told)
-    if original_act.recognises(path):
+    if not find_payload(path) and original_act.recognises(path):
         return original_act.read_checkpoint(path, told)
-    return read_checkpoint(path, told)
+    source = read_payload(path, told) if find_payload(path) else read_checkpoint(path, told)
+    for option, given in (("--cameras", told.cameras), ("--image-size", told.image_size)):
+        if given is not None:
+            raise ExportError(f"{source.path} says itself which cameras it has: leave out {option}")
+    return source

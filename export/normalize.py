@@ -56,7 +56,7 @@ def normalizer(
     `eps` is added to a std on the way in only (`inverse` False), as LeRobot does. `where` names the file for messages.
     Raises ExportError where a statistic is missing, of another size, not finite, or without spread.
     """
-    if mode not in MODES:
+    if not isinstance(mode, str) or mode not in MODES:
         known = ", ".join(MODES)
         raise ExportError(f"{where}: {feature}: normalisation {mode} is not supported; supported are {known}")
     names = MODES[mode]

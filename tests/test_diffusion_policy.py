@@ -262,7 +262,7 @@ def test_what_differs_from_the_original_is_a_warning(config: Json, expected: str
 
 def test_a_rate_that_nobody_said_is_a_warning(scratch: Path) -> None:
     source, _ = read_policy(save(scratch, VECTORS["vectors"]), Told(), Sampling())
-    assert "say it with --rate-hz" in source.warnings[0]
+    assert "say it with --rate if" in source.warnings[0]
 
 
 def test_the_latest_checkpoint_of_a_run_is_found(scratch: Path) -> None:
@@ -397,6 +397,12 @@ def test_damaged_checkpoints_are_named(scratch: Path) -> None:
     checkpoint.write_bytes(whole[: len(whole) // 2])
     assert "cut off or damaged" in refusal(checkpoint)
     checkpoint.write_bytes(whole.replace(b"state_dicts", b"state_dictz"))
+    assert checkpoint.name in refusal(checkpoint)
+    directory = whole.rindex(b"PK\x01\x02")  # the last record of the archive's directory; its flags say UTF-8
+    name = directory + 46
+    flags = (int.from_bytes(whole[directory + 8 : directory + 10], "little") | 0x800).to_bytes(2, "little")
+    changed = whole[: directory + 8] + flags + whole[directory + 10 : name] + b"\xff" + whole[name + 1 :]
+    checkpoint.write_bytes(changed)
     assert checkpoint.name in refusal(checkpoint)
 
 

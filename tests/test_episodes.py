@@ -331,6 +331,25 @@ def test_a_file_that_was_cut_off_is_named(tmp_path: Path, file: str, why: str) -
     refuses(tmp_path, why)
 
 
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"chunks_size": 0}, "chunks_size 0"),
+        ({"shape": [1_000_000_000, 96, 3]}, "pictures of 1000000000x96"),
+        ({"shape": [-1, 96, 3]}, "pictures of -1x96"),
+        ({"shape": [3]}, "info.json should describe fps, features and data_path"),
+    ],
+)
+def test_sizes_that_no_recording_has_are_refused_before_memory_is_taken(
+    tmp_path: Path, changes: dict[str, Any], why: str
+) -> None:
+    info = write_v30(tmp_path) / "meta/info.json"
+    document = json.loads(info.read_text())
+    (document["features"][FRONT] if "shape" in changes else document).update(changes)
+    info.write_text(json.dumps(document))
+    refuses(tmp_path, why)
+
+
 def test_a_recording_without_its_index_was_cut_off(tmp_path: Path) -> None:
     (write_v30(tmp_path) / "meta/episodes/chunk-000/file-000.parquet").unlink()
     refuses(tmp_path, "holds no parquet file: the recording ended before LeRobot had written its index")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -10,6 +11,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,8 +24,11 @@ from device.bundle import Bundle
 from device.engine import open_engine
 from device.errors import BundleError
 from export.bundling import export_checkpoint
+from export.checkpoint import Told
 from export.errors import ExportError
+from export.families import read_policy
 from export.fidelity import prove
+from export.sampling import Sampling
 from firmware_bridge.calibration import Unit
 from fixtures.checkpoint_files import (
     POST_STATE,
@@ -85,6 +90,16 @@ def refusal(checkpoint: Path, **options: object) -> str:
     left = [path.name for path in checkpoint.parent.iterdir() if "refused" in path.name]
     assert left == [], "a refused export leaves nothing behind"
     return str(caught.value)
+
+
+def places(document: Any, above: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The keys that lead to every value in a JSON document."""
+    items = (
+        document.items() if isinstance(document, dict) else enumerate(document) if isinstance(document, list) else ()
+    )
+    for key, value in items:
+        yield (*above, key)
+        yield from places(value, (*above, key))
 
 
 # What LeRobot computes
@@ -323,6 +338,21 @@ def test_damaged_and_missing_files_are_named(small: Path) -> None:
     assert "holds no config.json" in refusal(small)
 
 
+@pytest.mark.parametrize("file", ["policy_preprocessor.json", "policy_postprocessor.json", "config.json"])
+def test_json_of_another_structure_is_refused_and_no_defect(file: str, small: Path) -> None:
+    whole = json.loads((small / file).read_text())
+    for place in places(whole):
+        for value in (None, True, 0.5, -1, "x", [], [1], {}, {"a": 1}, float("inf")):
+            document = json.loads(json.dumps(whole))
+            holder = document
+            for key in place[:-1]:
+                holder = holder[key]
+            holder[place[-1]] = value
+            (small / file).write_text(json.dumps(document))
+            with contextlib.suppress(ExportError):
+                read_policy(small, Told(), Sampling())
+
+
 def test_a_missing_processor_file_is_named(small: Path) -> None:
     (small / POST_STATE).unlink()
     assert f"{POST_STATE} is missing" in refusal(small)
@@ -342,8 +372,15 @@ def test_joints_are_asked_for_where_they_cannot_be_known(small: Path) -> None:
     assert "given twice" in refusal(small, joints=["a,b,c,d,e,e"])
     assert "unit 'rad' is unknown" in refusal(small, joints=["a=rad,b,c,d,e,f"])
     assert "names 'hand', which is no joint" in refusal(small, two_state_joints=["hand"])
-    assert "action_rate_hz" in refusal(small, rate_hz=0)
+    assert "--rate: Input should be greater than 0" in refusal(small, rate_hz=0)
     assert "Input should be 'ensemble', 'crossfade' or 'latest'" in refusal(small, handoff="sudden")
+
+
+def test_options_that_would_have_no_effect_are_refused(small: Path) -> None:
+    assert "leave out --cameras" in refusal(small, cameras=["front"])
+    assert "leave out --image-size" in refusal(small, image_size=(48, 64))
+    assert "--ensemble-m is of the ensemble" in refusal(small, handoff="latest", ensemble_m=0.1)
+    assert "--advance: expected at most" in refusal(small, advance=1000)
 
 
 def test_an_existing_bundle_is_replaced_only_when_asked(small: Path, scratch: Path) -> None:
@@ -357,6 +394,10 @@ def test_an_existing_bundle_is_replaced_only_when_asked(small: Path, scratch: Pa
     (scratch / "photos" / "cat.jpg").touch()
     with pytest.raises(ExportError, match="is no bundle"):
         export_checkpoint(small, scratch / "photos", overwrite=True)
+    (scratch / "link").symlink_to(out)
+    with pytest.raises(ExportError, match="is a link"):
+        export_checkpoint(small, scratch / "link", overwrite=True)
+    assert sorted(path.name for path in scratch.iterdir()) == ["bundle", "empty", "link", "photos", "small"]
 
 
 def test_an_observation_that_is_no_npz_is_refused(small: Path, scratch: Path) -> None:

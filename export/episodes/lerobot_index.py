@@ -21,6 +21,7 @@ from export.errors import ExportError
 INFO = Path("meta/info.json")
 BY_EPISODE = ("v2.0", "v2.1")
 BY_FILE = ("v3.0",)
+LARGEST_SIDE = 1 << 14  # px, of a picture
 
 
 @dataclass(frozen=True)
@@ -80,9 +81,9 @@ def read_info(root: Path) -> DatasetInfo:
             filmed=tuple(name for name in cameras if features[name]["dtype"] == "video"),
             data_path=str(document["data_path"]),
             video_path=str(document.get("video_path")),
-            chunks_size=int(document.get("chunks_size", 1000)),
+            chunks_size=_positive(document.get("chunks_size", 1000), "chunks_size"),
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise ExportError(f"{path} should describe fps, features and data_path; it does not: {error!r}") from error
 
 
@@ -169,8 +170,19 @@ def _image_size(entry: Mapping[str, Any]) -> ImageSize:
     """From [H, W, 3] or [3, H, W]; `names` says which, where it is there."""
     shape, names = [int(size) for size in entry["shape"]], list(entry.get("names") or ())
     if "height" in names and "width" in names:
-        return ImageSize(shape[names.index("height")], shape[names.index("width")])
-    return ImageSize(*(shape[:2] if shape[-1] == 3 else shape[1:]))
+        found = shape[names.index("height")], shape[names.index("width")]
+    else:
+        height, width = shape[:2] if shape[-1] == 3 else shape[1:]
+        found = height, width
+    if not 0 < min(found) <= max(found) <= LARGEST_SIDE:
+        raise ValueError(f"pictures of {found[0]}x{found[1]}")
+    return ImageSize(*found)
+
+
+def _positive(value: Any, name: str) -> int:
+    if int(value) < 1:
+        raise ValueError(f"{name} {value}")
+    return int(value)
 
 
 def _width(entry: Mapping[str, Any]) -> int:

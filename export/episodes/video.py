@@ -80,7 +80,10 @@ class Video:
         """The key frame at or before `time`, or what is first in a file whose index leads elsewhere."""
         frame = None
         for start in (max(int(time + tolerance), 0), 0):
-            self._container.seek(start, stream=self._stream)
+            try:
+                self._container.seek(start, stream=self._stream)
+            except av.FFmpegError as error:
+                raise ExportError(f"{self.path} is damaged: {error}") from error
             self._coming = self._container.decode(self._stream)
             frame = self._next()
             if frame is not None and _time(frame) <= time + tolerance:

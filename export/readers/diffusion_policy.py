@@ -10,6 +10,7 @@ al. 2023 (arXiv:2303.04137), diffusion_policy/workspace/base_workspace.py.
 from __future__ import annotations
 
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,7 @@ def _is_payload(path: Path) -> bool:
             name = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
             with archive.open(name) as pickled:
                 start = pickled.read(LOOKED_AT)
-    except (OSError, zipfile.BadZipFile, StopIteration, RuntimeError, NotImplementedError):
+    except (OSError, ValueError, zipfile.BadZipFile, zlib.error, StopIteration, RuntimeError):
         return False
     return b"cfg" in start and (b"state_dicts" in start or b"omegaconf" in start)
 
@@ -120,6 +121,6 @@ def _warnings(path: Path, file: Path, told: Told) -> list[str]:
     warnings = [] if file == path else [f"{path} is a run of Diffusion Policy; using {file}"]
     if told.rate_hz is None:
         warnings.append(
-            f"{file} does not say how many actions a second the policy gives; say it with --rate-hz if it is not 30"
+            f"{file} does not say how many actions a second the policy gives; say it with --rate if it is not 30"
         )
     return warnings

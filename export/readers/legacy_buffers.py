@@ -45,7 +45,7 @@ def _add(checkpoint: Checkpoint, feature: Feature, prefix: str, modes: dict[str,
     if not statistics and feature.name in allowed:
         checkpoint.normalizers[feature.name] = identity(feature.channels)
         return
-    if not statistics and MODES.get(mode) is not None:
+    if not statistics and MODES.get(str(mode)) is not None:
         raise ExportError(
             f"{where}: {_buffer(prefix, feature)}* is missing, the statistics of {feature.name}; "
             f"there is neither a policy_preprocessor.json nor a buffer, so export cannot normalise it"

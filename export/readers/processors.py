@@ -52,10 +52,13 @@ def read_normalization(checkpoint: Checkpoint, allowed: frozenset[str]) -> list[
 def _steps(checkpoint: Checkpoint, file: str, known: set[str]) -> dict[str, dict[str, Any]]:
     path = checkpoint.path / file
     found: dict[str, dict[str, Any]] = {}
-    for step in read_json(path).get("steps", []):
-        name = step.get("registry_name") or step.get("class") or "a step without a name"
+    steps = read_json(path).get("steps", [])
+    if not isinstance(steps, list) or not all(isinstance(step, dict) for step in steps):
+        raise ExportError(f"{path}: steps should be a list of JSON objects")
+    for step in steps:
+        name = str(step.get("registry_name") or step.get("class") or "a step without a name")
         if name in NO_EFFECT:
-            if (dtype := step.get("config", {}).get("float_dtype")) not in (None, "float32"):
+            if (dtype := _section(step, "config", str(path)).get("float_dtype")) not in (None, "float32"):
                 checkpoint.warnings.append(f"{path}: {name} casts to {dtype}; the bundle computes in float32")
             continue
         if name not in known or name in found:
@@ -72,7 +75,7 @@ def _state(checkpoint: Checkpoint, step: dict[str, Any]) -> dict[str, torch.Tens
     name = step.get("state_file")
     if not name:
         return {}
-    if Path(name).name != name:
+    if not isinstance(name, str) or Path(name).name != name:
         raise ExportError(f"{checkpoint.path}: the state file {name!r} is outside the checkpoint")
     return read_tensors(checkpoint.path / name)
 
@@ -80,15 +83,15 @@ def _state(checkpoint: Checkpoint, step: dict[str, Any]) -> dict[str, torch.Tens
 def _inverse_rename(checkpoint: Checkpoint, step: dict[str, Any]) -> dict[str, str]:
     """rename_map says robot name -> policy name; a bundle needs the way back, so it must be one to one."""
     robot_names: dict[str, str] = {}
-    inputs = {feature.name for feature in checkpoint.inputs}
-    for robot, policy in step.get("config", {}).get("rename_map", {}).items():
+    inputs, where = {feature.name for feature in checkpoint.inputs}, str(checkpoint.path / PREPROCESSOR)
+    for robot, policy in _section(_section(step, "config", where), "rename_map", where).items():
+        if not isinstance(policy, str):
+            raise ExportError(f"{where}: rename_map should say a name for {robot}, found {policy!r}")
         if policy not in inputs:
             checkpoint.warnings.append(f"rename_map: {robot} becomes {policy}, which the policy does not take; ignored")
             continue
         if policy in robot_names:
-            raise ExportError(
-                f"{checkpoint.path / PREPROCESSOR}: rename_map gives both {robot_names[policy]} and {robot} to {policy}"
-            )
+            raise ExportError(f"{where}: rename_map gives both {robot_names[policy]} and {robot} to {policy}")
         robot_names[policy] = robot
     return robot_names
 
@@ -107,9 +110,13 @@ def _add(
 def _normalizer(
     checkpoint: Checkpoint, feature: Feature, step: dict[str, Any], where: str, allowed: frozenset[str]
 ) -> Normalizer:
-    config = step.get("config", {})
-    declared = {found.name: found for found in parse_features(config.get("features", {}), where)}
-    only = config.get("normalize_observation_keys")
+    config = _section(step, "config", where)
+    declared = {found.name: found for found in parse_features(_section(config, "features", where), where)}
+    only, eps = config.get("normalize_observation_keys"), config.get("eps", 1e-8)
+    if only is not None and not isinstance(only, list):
+        raise ExportError(f"{where}: normalize_observation_keys should be a list of names, found {only!r}")
+    if isinstance(eps, bool) or not isinstance(eps, int | float) or not 0 <= eps < 1:
+        raise ExportError(f"{where}: eps should be a small number, found {eps!r}")
     if only is not None and feature.name != ACTION and feature.name not in only:
         return identity(feature.channels)
     if feature.name in allowed and (feature.name not in declared or feature.name not in step["statistics"]):
@@ -119,7 +126,7 @@ def _normalizer(
             f"{where}: {feature.name} is not among the normaliser's features ({', '.join(declared)}), so LeRobot would "
             f"pass it through unnormalised; say that this is meant with --allow-unnormalized {feature.name}"
         )
-    mode = config.get("norm_map", {}).get(declared[feature.name].kind)
+    mode = _section(config, "norm_map", where).get(declared[feature.name].kind)
     if mode is None:
         checkpoint.warnings.append(f"{where}: norm_map names no mode for {feature.name}; it is not normalised")
         mode = "IDENTITY"
@@ -128,7 +135,15 @@ def _normalizer(
         mode,
         step["statistics"].get(feature.name),
         feature.channels,
-        eps=float(config.get("eps", 1e-8)),
+        eps=float(eps),
         inverse=feature.name == ACTION,
         where=where,
     )
+
+
+def _section(holder: dict[str, Any], key: str, where: str) -> dict[str, Any]:
+    """An object of the JSON; empty where it is left out. Raises ExportError."""
+    found = holder.get(key, {})
+    if not isinstance(found, dict):
+        raise ExportError(f"{where}: {key} should be a JSON object, found {found!r}")
+    return found
