@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from export.errors import ExportError
 from export.sampling import Solver
@@ -48,6 +49,8 @@ def run_sweep(
         print(json.dumps(found.as_json()))
         return
     Console().print(table(found))
+    for line in objections(found):
+        print(line)
     print(recommendation(found))
     print(f"picture: {report / PICTURE}")
 
@@ -55,16 +58,25 @@ def run_sweep(
 def table(found: SweepReport) -> Table:
     """All ways of sampling, the recommended one marked."""
     title = f"{found.observations} observations of {found.episodes.name}, {found.threads} thread(s); joint units"
-    columns = Table("", "sampling", title=title)
-    for heading in ("steps", "error", "error p95", "distance", "jerk", "ms a chunk"):
-        columns.add_column(heading, justify="right")
-    columns.add_column("not recommended because")
+    caption = "error: from the full schedule's chunk, median and 95 %; distance: from what was demonstrated"
+    columns = Table("", Column("sampling", no_wrap=True), title=title, caption=caption, box=SIMPLE_HEAD)
+    for heading in ("error", "95 %", "distance", "jerk", "ms"):
+        columns.add_column(heading, justify="right", no_wrap=True)
     for index, way in enumerate(found.ways):
         mark = "->" if index == found.recommended else ""
         figures = (f"{value:.3f}" for value in (way.error, way.error_p95, way.distance, way.jerk))
-        columns.add_row(mark, way.name, str(way.steps), *figures, f"{way.milliseconds:.1f}", way.objection or "")
-    columns.add_row("", "demonstrations", "", "", "", "", f"{found.demonstrated_jerk:.3f}", "", "", style="dim")
+        columns.add_row(mark, way.name, *figures, f"{way.milliseconds:.1f}")
+    columns.add_row("", "demonstrations", "", "", "", f"{found.demonstrated_jerk:.3f}", "", style="dim")
     return columns
+
+
+def objections(found: SweepReport) -> list[str]:
+    """What speaks against which ways of sampling, a line a reason."""
+    against: dict[str, list[str]] = {}
+    for way in found.ways:
+        if way.objection is not None:
+            against.setdefault(way.objection, []).append(way.name)
+    return [f"not recommended: {', '.join(names)}: {reason}" for reason, names in against.items()]
 
 
 def recommendation(found: SweepReport) -> str:

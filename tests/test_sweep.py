@@ -73,11 +73,12 @@ def test_a_policy_that_no_shortcut_serves_keeps_its_own_sampling(trained: tuple[
 def test_a_person_gets_a_table_a_picture_and_figures(
     trained: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setenv("COLUMNS", "80")
     options = {"steps": "5,10", "dpmpp": False, "observations": 4, "threads": 1}
     run_sweep(*trained, **options, report=tmp_path / "out", as_json=False)  # type: ignore[arg-type]
     printed = capsys.readouterr().out
     assert "ddim-5 leading" in printed and "demonstrations" in printed and "recommended" in printed
+    assert "…" not in printed, "nothing is cut off in a terminal of 80 columns"
     assert (tmp_path / "out" / PICTURE).read_bytes().startswith(b"\x89PNG")
     assert json.loads((tmp_path / "out" / FIGURES).read_text())["observations"] == 4
     run_sweep(*trained, **options, report=tmp_path / "out", as_json=True)  # type: ignore[arg-type]
