@@ -270,6 +270,8 @@ def _cameras(source: Checkpoint, policy: Policy) -> dict[str, Camera]:
     for name, height, width in policy.inputs.images:
         given = source.robot_name(name)
         short = given.removeprefix(IMAGES).removeprefix("observation.")
+        if "/" in short or "\\" in short or "\0" in short:
+            raise ExportError(f"{source.path}: {given!r} is no name of a camera: its pictures are files of that name")
         cameras[name] = Camera(name=short, input=given, width=width, height=height)
     return cameras
 

@@ -22,6 +22,8 @@ from safetensors.torch import load_file
 from export.errors import ExportError
 from export.normalize import Normalizer, Statistics
 
+LARGEST = 1 << 16  # any size or number of layers, steps, elements or pixels: damage must not fill the memory
+
 
 @dataclass(frozen=True)
 class Feature:
@@ -105,7 +107,7 @@ def parse_features(document: Mapping[str, Any], where: str) -> tuple[Feature, ..
             kind, shape = str(entry["type"]), tuple(int(size) for size in entry["shape"])
         except (KeyError, TypeError, ValueError, OverflowError):
             raise ExportError(f"{where}: {name} should have a type and a shape, found {entry!r}") from None
-        if not shape or min(shape) < 1 or (kind == "VISUAL") != (len(shape) == 3):
+        if not shape or not 1 <= min(shape) <= max(shape) <= LARGEST or (kind == "VISUAL") != (len(shape) == 3):
             raise ExportError(f"{where}: {name}: {list(shape)} is no shape for {kind}")
         features.append(Feature(name, kind, shape))
     return tuple(features)
@@ -121,10 +123,12 @@ def group_statistics(tensors: Mapping[str, torch.Tensor]) -> dict[str, Statistic
 
 
 def integer(checkpoint: Checkpoint, key: str) -> int:
-    """A positive integer of the configuration. Raises ExportError."""
+    """A positive integer of the configuration, LARGEST at most. Raises ExportError."""
     value = checkpoint.config.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ExportError(f"{checkpoint.config_path}: {key} should be a positive integer, found {value!r}")
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= LARGEST:
+        raise ExportError(
+            f"{checkpoint.config_path}: {key} should be a positive integer, at most {LARGEST}, found {value!r}"
+        )
     return value
 
 

@@ -294,7 +294,7 @@ def test_the_model_itself_is_taken_where_training_kept_no_average(scratch: Path)
         ({"obs_as_global_cond": False}, "conditioned in another way"),
         ({"obs_as_local_cond": True}, "conditioned in another way"),
         ({"eta": 0.5}, "cfg.policy.eta is not supported"),
-        ({"n_obs_steps": "2"}, "cfg.policy.n_obs_steps should be a positive integer, found '2'"),
+        ({"n_obs_steps": "2"}, "cfg.policy.n_obs_steps should be a positive integer, at most 65536, found '2'"),
         ({"n_action_steps": "${missing}"}, "is '${missing}', which names nothing in the configuration"),
         ({"n_action_steps": "${eval:'len(range(3))'}"}, "more than arithmetic of integers, and is not run"),
         ({"horizon": 7}, "horizon 7 does not divide by 2"),

@@ -301,6 +301,7 @@ def test_legacy_statistics_that_were_never_set_are_refused(scratch: Path) -> Non
         ({"feedforward_activation": "glu"}, "feedforward_activation 'glu' is not supported"),
         ({"n_obs_steps": 2}, "ACT takes one observation"),
         ({"dim_model": "64"}, "dim_model should be a positive integer"),
+        ({"n_encoder_layers": 10**9}, "n_encoder_layers should be a positive integer, at most 65536"),
         ({"dim_model": 62}, "62 does not divide by n_heads 4"),
         ({"input_features": None}, "input_features is missing"),
         ({"input_features": {"observation.state": {"type": "STATE", "shape": [6]}}}, "neither a camera nor"),
@@ -312,6 +313,12 @@ def test_configurations_that_act_does_not_have_are_named(
 ) -> None:
     change_json(small / "config.json", **changes)
     assert expected in refusal(small)
+
+
+def test_a_cameras_name_cannot_lead_out_of_the_bundle(plain: Path) -> None:
+    renamed = {"observation.images.../../../evil": "observation.images.front"}
+    change_step(plain / "policy_preprocessor.json", "rename_observations_processor", rename_map=renamed)
+    assert "is no name of a camera" in refusal(plain)
 
 
 def test_a_key_that_no_act_reads_is_a_warning(small: Path, scratch: Path) -> None:

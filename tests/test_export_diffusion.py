@@ -351,6 +351,7 @@ def test_resizing_is_that_of_torch(before: tuple[int, int], after: tuple[int, in
         ({"prediction_type": "velocity"}, "prediction_type 'velocity' is not supported; supported are epsilon, sample"),
         ({"beta_schedule": "steep"}, "beta_schedule: 'steep' is not supported"),
         ({"crop_shape": [65, 96]}, "a crop of 65x96 px does not fit into pictures of 64x96"),
+        ({"noise_scheduler_type": []}, "noise_scheduler_type [] is not supported"),
         ({"crop_shape": 56}, "crop_shape should be a list of positive integers, found 56"),
         ({"resize_shape": [64, 64], "crop_ratio": 1.5}, "crop_ratio should be above 0 and at most 1"),
         ({"horizon": 15}, "horizon 15 does not divide by 2"),

@@ -118,7 +118,7 @@ def read_networks(checkpoint: Checkpoint) -> tuple[KeypointEncoder, UNet]:
 def read_samplers(checkpoint: Checkpoint) -> Samplers:
     """The configuration's scheduler, or what sampler.json says of a student. Raises ExportError."""
     where, scheduler = checkpoint.config_path, _given(checkpoint, "noise_scheduler_type")
-    if scheduler not in SOLVERS:
+    if not isinstance(scheduler, str) or scheduler not in SOLVERS:
         known = ", ".join(SOLVERS)
         raise ExportError(f"{where}: noise_scheduler_type {scheduler!r} is not supported; supported are {known}")
     prediction = _given(checkpoint, "prediction_type")

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from export.checkpoint import LARGEST
 from export.errors import ExportError
 from export.readers.safe_pickle import Inert
 
@@ -88,8 +89,8 @@ class Section:
     def integer(self, key: str, default: int | None = None) -> int:
         """A positive one."""
         value = self.given(key, default)
-        if type(value) is not int or value < 1:
-            raise ExportError(f"{self.where}.{key} should be a positive integer, found {value!r}")
+        if type(value) is not int or not 1 <= value <= LARGEST:
+            raise ExportError(f"{self.where}.{key} should be a positive integer, at most {LARGEST}, found {value!r}")
         return value
 
     def number(self, key: str, default: float) -> float:
