@@ -1,6 +1,6 @@
 """Writes a network down as ONNX: the second executor of `Operations`, beside PyTorch.
 
-Opset 17, which onnxruntime 1.18 and TensorRT 10.3 (JetPack 6) both take, and static shapes with one observation, so
+Opset 17, which onnxruntime 1.23 and TensorRT 10.3 (JetPack 6) both take, and static shapes with one observation, so
 that an engine builder has nothing to guess. Inputs are raw frames and joints under the robot's names. Weights may be
 stored in half precision while the arithmetic stays float32: a Cast, folded when the model is loaded, restores them. Or
 the arithmetic itself is half: then convolutions and matrix products have half inputs and weights, everything whose
