@@ -22,14 +22,32 @@ UNSAID, LOWER, SAMPLING, CHUNKS = (
 )
 
 
+def _option(text: str, panel: str, **bounds: Any) -> Any:
+    return typer.Option(help=text, rich_help_panel=panel, **bounds)
+
+
+JointsOption = Annotated[
+    Optional[str],  # noqa: UP045
+    _option("Joint names in action order, comma separated; NAME=UNIT for one in another unit.", UNSAID),
+]
+UnitsOption = Annotated[
+    Optional[str],  # noqa: UP045
+    _option("Of the joints in training: degrees (default), range_m100_100, range_0_100 or radians.", UNSAID),
+]
+RateOption = Annotated[
+    Optional[float],  # noqa: UP045
+    _option("Actions a second in training; 30 where you do not say.", UNSAID),
+]
+UnnormalizedOption = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    _option("A feature that has no statistics and needs none.", UNSAID),
+]
+
+
 def add_commands(app: typer.Typer) -> None:
     """Add `export`, `sweep` and `distill`."""
     for command in (export, sweep, distill):
         app.command()(command)
-
-
-def _option(text: str, panel: str, **bounds: Any) -> Any:
-    return typer.Option(help=text, rich_help_panel=panel, **bounds)
 
 
 def export(
@@ -44,18 +62,9 @@ def export(
     overwrite: Annotated[bool, typer.Option(help="Replace a bundle that is there.")] = False,
     force: Annotated[bool, typer.Option(help="Export in spite of too large an error or too few steps.")] = False,
     as_json: JsonOption = False,
-    joints: Annotated[
-        Optional[str],  # noqa: UP045
-        _option("Joint names in action order, comma separated; NAME=UNIT for one in another unit.", UNSAID),
-    ] = None,
-    units: Annotated[
-        Optional[str],  # noqa: UP045
-        _option("Of the joints in training: degrees (default), range_m100_100, range_0_100 or radians.", UNSAID),
-    ] = None,
-    rate: Annotated[
-        Optional[float],  # noqa: UP045
-        _option("Actions a second in training; 30 where you do not say.", UNSAID),
-    ] = None,
+    joints: JointsOption = None,
+    units: UnitsOption = None,
+    rate: RateOption = None,
     cameras: Annotated[
         Optional[str],  # noqa: UP045
         _option("Camera names in training's order, comma separated, where the checkpoint has none.", UNSAID),
@@ -65,10 +74,7 @@ def export(
         _option("HEIGHTxWIDTH of the cameras' pictures, where the checkpoint does not say.", UNSAID),
     ] = None,
     dataset: Annotated[Optional[str], _option("Training dataset, for the record.", UNSAID)] = None,  # noqa: UP045
-    allow_unnormalized: Annotated[
-        Optional[list[str]],  # noqa: UP045
-        _option("A feature that has no statistics and needs none.", UNSAID),
-    ] = None,
+    allow_unnormalized: UnnormalizedOption = None,
     weights: Annotated[str, _option("fp32, or fp16 to store the weights in half the space.", LOWER)] = "fp32",
     precision: Annotated[
         str, _option("What the networks compute in: fp32, fp16 (for TensorRT) or int8 (convolutions).", LOWER)
@@ -142,6 +148,10 @@ def sweep(
     threads: Annotated[int, typer.Option(min=1, help="Of the engine whose time is taken.")] = 1,
     report: Annotated[Path, typer.Option(help="Folder for the picture and the figures.")] = Path("sweep"),
     as_json: JsonOption = False,
+    joints: JointsOption = None,
+    units: UnitsOption = None,
+    rate: RateOption = None,
+    allow_unnormalized: UnnormalizedOption = None,
 ) -> None:
     """Measure what fewer denoising steps cost a diffusion policy, on recorded episodes, and recommend."""
     from export.sweep_report import run_sweep
@@ -155,6 +165,10 @@ def sweep(
         threads=threads,
         report=report,
         as_json=as_json,
+        joints=joints,
+        units=units,
+        rate_hz=rate,
+        allow_unnormalized=allow_unnormalized or (),
     )
 
 

@@ -43,9 +43,9 @@ def run_export(
             checkpoint,
             out,
             joints=None if joints is None else joints.split(","),
-            units=None if units is None else _choice("--units", units, TrainedIn),
-            weights=_choice("--weights", weights, Storage),
-            precision=_choice("--precision", precision, Precision),
+            units=None if units is None else choice("--units", units, TrainedIn),
+            weights=choice("--weights", weights, Storage),
+            precision=choice("--precision", precision, Precision),
             cameras=None if cameras is None else cameras.split(","),
             image_size=None if image_size is None else _size(image_size),
             sampling=_sampling(fast, options),
@@ -98,7 +98,7 @@ def _size(text: str) -> tuple[int, int]:
     return int(height), int(width)
 
 
-def _choice(option: str, text: str, choices: type[C]) -> C:
+def choice(option: str, text: str, choices: type[C]) -> C:
     try:
         return choices(text)
     except ValueError:

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from device.arrays import Array
-from device.bundle import Bundle
+from device.bundle import STATE, Bundle
 from device.engine import infer_observation, open_engine
 from device.manifest import Manifest
 from export.bundling import Choices, draft_manifest, input_names
@@ -33,6 +33,7 @@ from export.errors import ExportError
 from export.families import read_policy
 from export.precision import Precision, Storage
 from export.sampling import MIN_STEPS, Sampling, Solver, Spacing
+from export.units import TrainedIn, bundle_factors, in_bundle_units
 
 STEPS = (2, 4, 5, 8, 10, 16)
 OBSERVATIONS = 48
@@ -76,6 +77,7 @@ class SweepReport:
     demonstrated_jerk: float
     ways: tuple[Way, ...]
     recommended: int
+    warnings: tuple[str, ...]
 
     def as_json(self) -> dict[str, Any]:
         found = dataclasses.asdict(self)
@@ -92,10 +94,13 @@ def sweep(
     threads: int = 1,
     seed: int = 0,
     told: Told | None = None,
+    joints: Sequence[str] | None = None,
+    units: TrainedIn = TrainedIn.degrees,
     progress: Progress | None = None,
 ) -> SweepReport:
     """Measure a diffusion checkpoint on `observations` frames of the recorded `episodes`.
 
+    `joints`, `units`: of training and of the recording, as for an export; figures are in the bundle's.
     Raises ExportError where it is no diffusion policy, is distilled already, or does not fit the episodes.
     """
     say = progress or (lambda what: None)
@@ -106,8 +111,12 @@ def sweep(
         raise ExportError(f"{source.path}: {policy.family} answers at once; there are no denoising steps to sweep")
     if not isinstance(policy.samplers, DiffusionSamplers):
         raise ExportError(f"{source.path} is distilled: it samples in {policy.sampler.steps} steps and no other way")
-    joints = [f"joint_{index}" for index in range(policy.action_size)]  # their names make no difference here
-    names, manifest = input_names(source, policy), draft_manifest(source, policy, Choices(joints=joints, told=told))
+    trained = policy.samplers.schedule.num_train_timesteps
+    # Names make no difference here, but some may be said to have another unit.
+    joints = joints or [f"joint_{index}" for index in range(policy.action_size)]
+    policy, factors = in_bundle_units(source, policy, joints, units), bundle_factors(joints, policy.action_size, units)
+    choices = Choices(joints=joints, units=units, told=told)
+    names, manifest = input_names(source, policy), draft_manifest(source, policy, choices)
     say("reading the episodes")
     recording = open_episodes(episodes)
     shapes = {names[name]: shape for name, shape in policy.inputs.shapes().items()}
@@ -121,7 +130,7 @@ def sweep(
         rate_hz=manifest.action_rate_hz,
         inputs=list(shapes),
     )
-    trained = policy.samplers.schedule.num_train_timesteps
+    samples = [in_units(sample, factors) for sample in samples]
     with tempfile.TemporaryDirectory() as folder:
         bench = _Bench(Path(folder), policy, names, manifest, samples, threads, seed)
         full = bench.run(Sampling("ddim", trained, "leading"))
@@ -143,7 +152,17 @@ def sweep(
         demonstrated_jerk=_jerk(demonstrated),
         ways=ways,
         recommended=_recommend(ways),
+        warnings=tuple(source.warnings),
     )
+
+
+def in_units(sample: Sample, factors: Array) -> Sample:
+    """The sample with every joint's numbers, seen and demonstrated, times its factor."""
+    if (factors == 1).all():
+        return sample
+    state = (sample.observation[STATE] * factors).astype(np.float32)
+    actions = (sample.actions * factors).astype(np.float32)
+    return dataclasses.replace(sample, observation=sample.observation | {STATE: state}, actions=actions)
 
 
 def _variants(solvers: Sequence[Solver], steps: Sequence[int], trained: int) -> Iterator[Sampling]:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Column, Table
 
+from export.checkpoint import Told
+from export.command import choice
 from export.errors import ExportError
 from export.sampling import Solver
 from export.sweep import STEPS, SweepReport, Way, sweep
+from export.units import TrainedIn
 
 PICTURE, FIGURES = "sweep.png", "sweep.json"
 
@@ -26,10 +31,16 @@ def run_sweep(
     threads: int,
     report: Path,
     as_json: bool,
+    joints: str | None = None,
+    units: str | None = None,
+    rate_hz: float | None = None,
+    allow_unnormalized: Iterable[str] = (),
 ) -> None:
     """What the command line calls: progress on standard error, the table on standard output, a picture in `report`."""
     solvers: tuple[Solver, ...] = ("ddim", "dpmpp") if dpmpp else ("ddim",)
-    with Console(stderr=True).status("starting") as status:
+    console = Console(stderr=True)
+    _check_report(report)
+    with console.status("starting") as status:
         found = sweep(
             checkpoint,
             episodes,
@@ -37,14 +48,15 @@ def run_sweep(
             solvers=solvers,
             observations=observations,
             threads=threads,
+            told=Told(frozenset(allow_unnormalized), rate_hz=rate_hz),
+            joints=None if joints is None else joints.split(","),
+            units=TrainedIn.degrees if units is None else choice("--units", units, TrainedIn),
             progress=status.update,
         )
-        try:
-            report.mkdir(parents=True, exist_ok=True)
-            (report / FIGURES).write_text(json.dumps(found.as_json(), indent=2) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise ExportError(f"{report} cannot be written: {error}") from error
+        (report / FIGURES).write_text(json.dumps(found.as_json(), indent=2) + "\n", encoding="utf-8")
         draw(found, report / PICTURE)
+    for warning in found.warnings:
+        console.print(f"warning: {warning}", style="yellow", highlight=False, soft_wrap=True)
     if as_json:
         print(json.dumps(found.as_json()))
         return
@@ -89,15 +101,24 @@ def recommendation(found: SweepReport) -> str:
     return f"recommended: {options} ({times:.1f} times faster than the checkpoint's own {own.solver}-{own.steps})"
 
 
+def _check_report(folder: Path) -> None:
+    """Before minutes of measuring: is there something to draw with, and a place to put it."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ExportError("the picture needs matplotlib: pip install 'understudy[export]'")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / FIGURES).touch()
+    except OSError as error:
+        raise ExportError(f"{folder} cannot be written: {error}") from error
+
+
 def draw(found: SweepReport, path: Path) -> None:
     """Error, distance, jerk and time over steps, one line a solver and spacing, the full schedule dashed."""
-    try:
-        import matplotlib as mpl
+    import matplotlib as mpl
 
-        mpl.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
-        raise ExportError("the picture needs matplotlib: pip install 'understudy[export]'") from None
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
     panels = (
         ("error", "distance from the full schedule (joint units)"),
         ("distance", "distance from demonstrations (joint units)"),

@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 pytest.importorskip("torch", reason="the sweep is part of the export extra")
 
+from device.bundle import STATE
 from export.diffusion.samplers import ConsistencySamplers
 from export.distillation.teacher import read_teacher
+from export.episodes import Sample
 from export.errors import ExportError
 from export.sampling import MIN_STEPS
-from export.sweep import SweepReport, Way, sweep
+from export.sweep import SweepReport, Way, in_units, sweep
 from export.sweep_report import FIGURES, PICTURE, recommendation, run_sweep
+from export.units import TrainedIn
 from fixtures.checkpoint_files import write_checkpoint
 from fixtures.tiny_teacher import recorded, train, write_episodes, write_untrained
 
@@ -109,3 +113,21 @@ def test_what_cannot_be_swept_is_refused_by_name(trained: tuple[Path, Path], tmp
         )
     with pytest.raises(ExportError, match="nowhere"):
         sweep(checkpoint, tmp_path / "nowhere")
+
+
+def test_what_was_recorded_in_radians_is_judged_in_degrees() -> None:
+    seen = {
+        STATE: np.array([[0.1, 0.5], [0.2, 0.6]], np.float32),
+        "observation.images.top": np.zeros((2, 4, 4, 3), np.uint8),
+    }
+    sample = Sample("episode", 3, seen, actions=np.array([[1.0, 0.2], [2.0, 0.4]], np.float32), recorded=2)
+    turned = in_units(sample, np.array([180 / np.pi, 100.0]))
+    np.testing.assert_allclose(turned.observation[STATE], [[5.729578, 50], [11.459156, 60]], rtol=1e-6)
+    np.testing.assert_allclose(turned.actions, [[57.29578, 20], [114.59156, 40]], rtol=1e-6)
+    assert turned.actions.dtype == turned.observation[STATE].dtype == np.float32
+    assert sample.actions[0, 0] == 1.0, "the recording stays what it is"
+
+
+def test_units_that_cannot_be_told_apart_are_refused(trained: tuple[Path, Path]) -> None:
+    with pytest.raises(ExportError, match="the state has 2 values and the action 1"):
+        sweep(*trained, steps=(5,), observations=4, joints=["swing"], units=TrainedIn.radians)
