@@ -99,6 +99,21 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
 
 
+def uncompiled(name: str) -> str:
+    """A tensor's name without what torch.compile puts into it while training."""
+    return name.replace("_orig_mod.", "")
+
+
+def as_published(path: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors under the names that they have when nothing is compiled. Raises ExportError for a name twice."""
+    weights: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        if uncompiled(name) in weights:
+            raise ExportError(f"{path}: {uncompiled(name)} is there twice, with and without _orig_mod")
+        weights[uncompiled(name)] = tensor
+    return weights
+
+
 def parse_features(document: Mapping[str, Any], where: str) -> tuple[Feature, ...]:
     """{name: {type, shape}} in its order, which is the policy's. Raises ExportError."""
     features = []

@@ -19,6 +19,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from export.bundle_writer import partial_bundle
+from export.checkpoint import uncompiled
 from export.diffusion.lerobot import PREFIX, STUDENT, STUDENT_RECORD
 from export.diffusion.samplers import ConsistencySamplers
 from export.distillation.gate import Verdict
@@ -105,7 +106,7 @@ def _with_weights(teacher: Teacher, weights: Mapping[str, Tensor]) -> bytes:
         metadata = file.metadata()
         for name in file.keys():  # noqa: SIM118 - it is no dictionary
             tensor = file.get_tensor(name)
-            plain = name.replace("_orig_mod.", "").removeprefix(PREFIX)
+            plain = uncompiled(name).removeprefix(PREFIX)
             if plain in weights:
                 tensor = weights[plain].to(tensor.dtype).contiguous()
                 left.discard(plain)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from device.bundle import file_sha256
-from export.checkpoint import Checkpoint, Told
+from export.checkpoint import Checkpoint, Told, as_published
 from export.errors import ExportError
 from export.readers.hydra_config import OMEGACONF, Section, Unresolved, plain, resolve
 from export.readers.safe_pickle import load_torch
@@ -99,15 +99,11 @@ def _weights(states: Any, training: dict[str, Any], kind: str, file: Path) -> di
     if not isinstance(found, dict) or not found:
         there = ", ".join(str(key) for key in states) if isinstance(states, dict) else type(states).__name__
         raise ExportError(f"{file}: state_dicts.{name} is missing, found {there or 'nothing'}")
-    weights: dict[str, torch.Tensor] = {}
     for key, tensor in found.items():
         if not isinstance(key, str) or not isinstance(tensor, torch.Tensor):
             raise ExportError(f"{file}: state_dicts.{name}.{key} should be a tensor, found {type(tensor).__name__}")
-        plain_key = key.replace("_orig_mod.", "")  # what torch.compile puts into the names while training
-        if plain_key in weights:
-            raise ExportError(f"{file}: {plain_key} is there twice, with and without _orig_mod")
-        weights[plain_key] = tensor.float() if tensor.is_floating_point() else tensor
-    return weights
+    weights = as_published(file, found)
+    return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
 
 
 def _dataset(tree: dict[str, Any]) -> str | None:

@@ -12,10 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from device.bundle import file_sha256
-from export.checkpoint import Checkpoint, Feature, Told, parse_features, read_json, read_tensors
+from export.checkpoint import Checkpoint, Feature, Told, as_published, parse_features, read_json, read_tensors
 from export.errors import ExportError
 from export.readers import legacy_buffers, processors
 
@@ -37,7 +35,7 @@ def read_checkpoint(path: Path, told: Told | None = None) -> Checkpoint:
         config=config,
         inputs=_features(config, "input_features", directory),
         outputs=_features(config, "output_features", directory),
-        weights=_read_weights(directory / WEIGHTS),
+        weights=as_published(directory / WEIGHTS, read_tensors(directory / WEIGHTS)),
         layout="",
         warnings=warnings,
     )
@@ -91,16 +89,6 @@ def _features(config: Mapping[str, Any], key: str, directory: Path) -> tuple[Fea
             "loaded and saved with LeRobot 0.3.3"
         )
     return parse_features(found, f"{directory / CONFIG}: {key}")
-
-
-def _read_weights(path: Path) -> dict[str, torch.Tensor]:
-    weights: dict[str, torch.Tensor] = {}
-    for name, tensor in read_tensors(path).items():
-        plain = name.replace("_orig_mod.", "")  # what torch.compile puts into the names while training
-        if plain in weights:
-            raise ExportError(f"{path}: {plain} is there twice, with and without _orig_mod")
-        weights[plain] = tensor
-    return weights
 
 
 def _training_dataset(directory: Path) -> str | None:
