@@ -51,7 +51,8 @@ def draw(figures: dict[str, Any], path: Path) -> None:
         axis.barh([ways[way] for way in shown], times, color=[THEIRS if way == "lerobot" else OURS for way in shown])
         for place, (way, milliseconds) in enumerate(zip(shown, times, strict=True)):
             faster = f", {times[0] / milliseconds:.3g}x" if way != "lerobot" and shown[0] == "lerobot" else ""
-            axis.text(milliseconds * 1.08, place, f"{milliseconds:.4g} ms{faster}", va="center", fontsize=9)
+            shown_ms = f"{milliseconds:,.0f}" if milliseconds >= 20 else f"{milliseconds:.1f}"
+            axis.text(milliseconds * 1.08, place, f"{shown_ms} ms{faster}", va="center", fontsize=9)
         axis.set_xscale("log")
         axis.set_xlim(min(times) / 2, max(times) * 12)
         axis.invert_yaxis()
