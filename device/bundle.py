@@ -109,6 +109,7 @@ class Bundle:
         for name in FILES_OF_FAMILY[manifest.family]:
             if name not in manifest.files:
                 raise BundleError(f"{path / MANIFEST}: files: lists no {name}; export the policy again")
+        _refuse_unlisted(path, manifest)
         return cls(path, manifest, hashlib.sha256(raw).hexdigest())
 
     def check_fits(self, cell: LoadedCell) -> None:
@@ -156,6 +157,16 @@ def file_sha256(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def _refuse_unlisted(root: Path, manifest: Manifest) -> None:
+    """A graph may name further files to read weights from; whatever no hash covers must not reach an engine."""
+    there = {file.relative_to(root).as_posix() for file in root.rglob("*") if not file.is_dir()}
+    if unlisted := sorted(there - set(manifest.files) - {MANIFEST}):
+        raise BundleError(
+            f"{root / unlisted[0]} is not in the manifest's list of files; remove it, or export or download the bundle "
+            "again"
+        )
 
 
 def _check_file(root: Path, name: str, expected: str) -> None:

@@ -97,6 +97,12 @@ def test_a_missing_file_is_named(bundle: Bundle) -> None:
     assert "reference/front.jpg is missing" in refusal(bundle.path)
 
 
+def test_a_file_that_no_hash_covers_is_refused(bundle: Bundle) -> None:
+    (bundle.path / "weights.bin").write_bytes(b"from somewhere else")
+    with pytest.raises(BundleError, match=r"weights\.bin is not in the manifest's list"):
+        Bundle.open(bundle.path)
+
+
 @pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a/../../b", ""])
 def test_a_file_outside_the_folder_is_refused(bundle: Bundle, name: str) -> None:
     files = {**bundle.manifest.files, name: "0" * 64}
