@@ -145,6 +145,7 @@ def export_checkpoint(
     policy = in_bundle_units(source, policy, chosen.joints, chosen.units)
     with partial_bundle(out, overwrite) as partial:
         manifest, written = _write(partial, source, policy, chosen, say)
+        say("timing an inference")
         saving = what_fast_saves(partial.path, policy, manifest)
     measured = written.fidelity
     return ExportReport(
