@@ -10,15 +10,24 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 
 def write_durably(path: Path, data: bytes) -> None:
     """Replace `path` by `data`. Raises OSError; the old content is then untouched."""
+    with replace_durably(path) as file:
+        file.write(data)
+
+
+@contextlib.contextmanager
+def replace_durably(path: Path) -> Iterator[BinaryIO]:
+    """A file to write, which replaces `path` when the block ends; when it raises, the old content is untouched."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
         with temporary.open("xb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

@@ -7,17 +7,14 @@ learnt, and is refused for any other.
 
 from __future__ import annotations
 
-import contextlib
-import os
 import pickle
-import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from device.durable import sync_directory
+from device.durable import replace_durably
 from export.errors import ExportError
 
 STATE = "training_state.pt"
@@ -28,19 +25,9 @@ DAMAGE = (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.Unpickli
 def save_state(folder: Path, belongs_to: Mapping[str, str], state: Mapping[str, Any]) -> None:
     """Replace the state in `folder`. Raises ExportError where it cannot be written; the old one is then untouched."""
     path = folder / STATE
-    temporary = folder / f".{STATE}.{secrets.token_hex(4)}.partial"
     try:
-        try:
-            with temporary.open("xb") as file:
-                torch.save({"belongs_to": dict(belongs_to), **state}, file)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        except BaseException:
-            with contextlib.suppress(FileNotFoundError):
-                temporary.unlink()
-            raise
-        sync_directory(folder)
+        with replace_durably(path) as file:
+            torch.save({"belongs_to": dict(belongs_to), **state}, file)
     except (OSError, RuntimeError) as error:  # torch wraps a full disk in a RuntimeError
         raise ExportError(f"{path} cannot be written: {error}; the state before it is still there") from error
 
